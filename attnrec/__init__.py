@@ -1,0 +1,19 @@
+"""attnrec: the attention of recommender models, fast."""
+
+from attnrec.functional import (
+    catalog_cross_entropy,
+    catalog_topk,
+    softmax_score,
+    target_attention,
+    target_attention_weights,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "catalog_cross_entropy",
+    "catalog_topk",
+    "softmax_score",
+    "target_attention",
+    "target_attention_weights",
+]

@@ -1,7 +1,8 @@
 """The public functions.
 
-Shapes: `B` users, `C` candidates of a user, `L` events of a history, `T_c = sum C`, `T_l = sum L`, `H` query heads,
-`H_kv` key/value heads, `D` head dim, `N` catalogue size. Offsets are int32 or int64 `[B + 1]`, start at 0, rise, and
+Shapes: `B` users, `C` candidates of a user, `L` events of a history, `T_c = sum C`, `T_l = sum L`, `H` query
+heads, `H_kv` key/value heads, `D` head dim, `N` catalogue size. Offsets are int32 or int64 `[B + 1]`, start
+at 0, rise, and
 end at the number of rows: user b's rows are `offsets[b] ... offsets[b + 1] - 1`.
 """
 
@@ -25,11 +26,15 @@ def _native(
     """Dense or nested input as the native form, or None where it has that form already."""
     if q_offsets is not None and kv_offsets is not None:
         if key_padding_mask is not None:
-            raise ValueError("key_padding_mask goes with dense input; jagged input takes kv_lengths or key_bias")
+            raise ValueError(
+                "key_padding_mask goes with dense input; jagged input takes kv_lengths or key_bias"
+            )
         return None
     if q_offsets is not None or kv_offsets is not None:
         missing = "kv_offsets" if kv_offsets is None else "q_offsets"
-        raise ValueError(f"{missing} is missing: jagged input needs both q_offsets and kv_offsets, dense input neither")
+        raise ValueError(
+            f"{missing} is missing: jagged input needs both q_offsets and kv_offsets, dense input neither"
+        )
     if query.is_nested:
         if key_padding_mask is not None:
             raise ValueError("key_padding_mask goes with dense input, not with nested tensors")
@@ -64,21 +69,22 @@ def target_attention(
     - nested (`layout=torch.jagged`): `[B, j, H, D]`, or its transpose `[B, H, j, D]`.
 
     Args:
-        query, key, value: float32, bfloat16, float16 or float64, all the same. `H` is a multiple of `H_kv`: query
-            head h reads key/value head `h // (H // H_kv)`. Any strides.
+        query, key, value: float32, bfloat16, float16 or float64, all the same. `H` is a multiple of `H_kv`:
+            query head h reads key/value head `h // (H // H_kv)`. Any strides.
         scale: factor of `q . k`, `1 / sqrt(D)` by default.
         kv_lengths: int `[B]`. Only the first `kv_lengths[b]` events of user b exist; the rest is room.
-        visible: int `[T_c]` (dense `[B, C]`). The candidate sees only the first `visible[c]` events of its history.
-        self_key, self_value: `[T_c, H_kv, D]` (dense `[B, H_kv, C, D]`). The self slot: each candidate attends to
-            the history and to this one more event of its own.
-        key_bias: float32 or the query's dtype, `[T_l, H]` (dense `[B, H, L]`). Added to the scores of an event; -inf
-            hides it.
+        visible: int `[T_c]` (dense `[B, C]`). The candidate sees only the first `visible[c]` events of its
+            history.
+        self_key, self_value: `[T_c, H_kv, D]` (dense `[B, H_kv, C, D]`). The self slot: each candidate
+            attends to the history and to this one more event of its own.
+        key_bias: float32 or the query's dtype, `[T_l, H]` (dense `[B, H, L]`). Added to the scores of an
+            event; -inf hides it.
         key_padding_mask: bool `[B, L]`, dense input only. True hides, as in torch.
         return_lse: also return the scores' log-sum-exp (natural logarithm; self slot and bias included).
 
     Returns:
-        `out` in the query's form and dtype; with `return_lse` also `lse`, float32 (float64 for float64), `[T_c, H]`
-        (dense `[B, H, C]`). A candidate that sees nothing gets zeros, lse -inf and zero gradients.
+        `out` in the query's form and dtype; with `return_lse` also `lse`, float32 (float64 for float64),
+        `[T_c, H]` (dense `[B, H, C]`). A candidate that sees nothing gets zeros, lse -inf and zero gradients.
     """
     options = {
         "kv_lengths": kv_lengths,
@@ -92,7 +98,13 @@ def target_attention(
         out, lse = ops.target_attention(query, key, value, q_offsets, kv_offsets, scale=scale, **options)
         return (out, lse) if return_lse else out
     out, lse = ops.target_attention(
-        native.query, native.key, native.value, native.q_offsets, native.kv_offsets, scale=scale, **native.options
+        native.query,
+        native.key,
+        native.value,
+        native.q_offsets,
+        native.kv_offsets,
+        scale=scale,
+        **native.options,
     )
     return (native.rows(out), native.rows(lse)) if return_lse else native.rows(out)
 
@@ -113,16 +125,17 @@ def target_attention_weights(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The weights of `target_attention`, all of them or the `top` heaviest of each candidate and head.
 
-    Arguments as in `target_attention`. With a self slot the events' weights add up to less than 1; the rest is the
-    self slot's. Forward only: a request for a gradient raises.
+    Arguments as in `target_attention`. With a self slot the events' weights add up to less than 1; the rest
+    is the self slot's. Forward only: a request for a gradient raises.
 
     Returns:
-        Without `top`, jagged: `(weights [sum C_b * L_b, H], offsets [B + 1])`, user by user, candidate by candidate,
-        event by event, `L_b` the user's room (`kv_offsets[b + 1] - kv_offsets[b]`), hidden events 0. Dense:
-        `weights [B, H, C, L]`. Nested: a nested `[B, j, H]` with `C_b * L_b` rows of each user.
+        Without `top`, jagged: `(weights [sum C_b * L_b, H], offsets [B + 1])`, user by user, candidate by
+        candidate, event by event, `L_b` the user's room (`kv_offsets[b + 1] - kv_offsets[b]`), hidden events
+        0. Dense: `weights [B, H, C, L]`. Nested: a nested `[B, j, H]` with `C_b * L_b` rows of each user.
 
-        With `top`: `(weights, events)`, each `[T_c, H, top]` (dense `[B, H, C, top]`, nested in the query's form):
-        heaviest first, ties by the earlier event, `events` int64 and numbered within the user's history. Where a
+        With `top`: `(weights, events)`, each `[T_c, H, top]` (dense `[B, H, C, top]`, nested in the query's
+        form): heaviest first, ties by the earlier event, `events` int64 and numbered within the user's
+        history. Where a
         candidate sees fewer: weight 0, event -1.
     """
     options = {"kv_lengths": kv_lengths, "visible": visible, "self_key": self_key, "key_bias": key_bias}
@@ -131,7 +144,9 @@ def target_attention_weights(
         query, key, q_offsets, kv_offsets = native.query, native.key, native.q_offsets, native.kv_offsets
         options = {name: native.options[name] for name in options}
     if top is None:
-        weights, offsets = ops.target_attention_weights(query, key, q_offsets, kv_offsets, scale=scale, **options)
+        weights, offsets = ops.target_attention_weights(
+            query, key, q_offsets, kv_offsets, scale=scale, **options
+        )
         return (weights, offsets) if native is None else native.pairs(weights, offsets)
     weights, events = ops.target_attention_top(query, key, q_offsets, kv_offsets, top, scale=scale, **options)
     return (weights, events) if native is None else (native.rows(weights), native.rows(events))
@@ -184,15 +199,15 @@ def catalog_topk(
     Args:
         users: `[B, D]`.
         catalog: `[N, D]`, `k <= N`.
-        exclude: `(ids, offsets [B + 1])`: items that a user is not to be given (already seen), in any order, repeats
-            allowed.
+        exclude: `(ids, offsets [B + 1])`: items that a user is not to be given (already seen), in any order,
+            repeats allowed.
         bias: `[N]`, added to the logits and part of the scores; -inf hides an item.
         temperature: divides `u . i`; above 0.
 
     Returns:
-        `(scores [B, k], ids [B, k], lse [B])`: best first, ties by the lower id; ids int64, the others float32
-        (float64 for float64). `lse` runs over all items that are not excluded, so that `exp(score - lse)` is a
-        probability. Where fewer than k are left: score -inf and id -1. Forward only.
+        `(scores [B, k], ids [B, k], lse [B])`: best first, ties by the lower id; ids int64, the others
+        float32 (float64 for float64). `lse` runs over all items that are not excluded, so that `exp(score -
+        lse)` is a probability. Where fewer than k are left: score -inf and id -1. Forward only.
     """
     exclude_ids, exclude_offsets = (None, None) if exclude is None else exclude
     return ops.catalog_topk(
@@ -227,12 +242,15 @@ def catalog_cross_entropy(
         target: int `[T]`, ids of the table, or `ignore_index`: such a row has loss 0 and no gradient.
         temperature: divides `u . i`; above 0.
         bias: `[N]`, added to the logits, with gradient.
-        logq: `[N]`, logarithm of each item's sampling probability, subtracted from the logits (logQ correction:
-            Bengio and Senecal 2008; Yi et al. 2019), without gradient.
-        label_smoothing: in [0, 1], as `torch.nn.functional.cross_entropy` over the N items. Not with negatives.
-        reduction: "mean" over the rows that are not ignored, "sum", or "none" for the loss of each row, `[T]`.
-        negatives: ids int `[M]`, shared by all rows: each row's softmax runs over its target and them, those equal to
-            the row's own target masked (accidental hits). "in-batch" takes the batch's targets as they stand.
+        logq: `[N]`, logarithm of each item's sampling probability, subtracted from the logits (logQ
+            correction: Bengio and Senecal 2008; Yi et al. 2019), without gradient.
+        label_smoothing: in [0, 1], as `torch.nn.functional.cross_entropy` over the N items. Not with
+            negatives.
+        reduction: "mean" over the rows that are not ignored, "sum", or "none" for the loss of each row,
+            `[T]`.
+        negatives: ids int `[M]`, shared by all rows: each row's softmax runs over its target and them, those
+            equal to the row's own target masked (accidental hits). "in-batch" takes the batch's targets as
+            they stand.
 
     Returns:
         The loss, float32 (float64 for float64). "mean" over no rows is NaN, as in torch.

@@ -1,8 +1,9 @@
 """Dense and nested attention input, seen as the native jagged batch.
 
-`Native` holds what the attention ops take and knows the way back. Nothing is copied where strides allow: a dense
-`[B, H, n, D]` is read either with its heads in place (a transposed view of `[B, n, H, D]`, as projections give it) or
-with the heads folded into the users (contiguous `[B, H, n, D]`: every head a user of its own).
+`Native` holds what the attention ops take and knows the way back. Nothing is copied where strides allow: a
+dense `[B, H, n, D]` is read either with its heads in place (a transposed view of `[B, n, H, D]`, as
+projections give it) or with the heads folded into the users (contiguous `[B, H, n, D]`: every head a user of
+its own).
 """
 
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from torch import Tensor
 class Native:
     """Arguments of an attention op, and how its results return to the form that the caller gave.
 
-    `options` are the optional tensors by name. `rows(x)` maps `x [T_c, H, ...]`, a result per candidate and head.
-    `pairs(x, offsets)` maps the weights `x [sum C_b * L_b, H]`.
+    `options` are the optional tensors by name. `rows(x)` maps `x [T_c, H, ...]`, a result per candidate and
+    head. `pairs(x, offsets)` maps the weights `x [sum C_b * L_b, H]`.
     """
 
     query: Tensor
@@ -31,7 +32,7 @@ class Native:
     pairs: Callable[[Tensor, Tensor], Any]
 
 
-# --- dense -----------------------------------------------------------------------------------------------------------
+# --- dense --------------------------------------------------------------------------------------------------
 
 
 def _merges(x: Tensor, dims: tuple[int, ...]) -> bool:
@@ -58,12 +59,15 @@ def _offsets(users: int, n: int, device: torch.device) -> Tensor:
 def lengths_of_mask(key_padding_mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """`key_padding_mask [B, L]` (True hides) as `(kv_lengths [B], bias [B, L] or None)`.
 
-    The length ends at the last event that is shown; hidden ones before it get a bias of -inf. Whether there are any is
-    looked up only on the CPU and outside of a compiler: elsewhere it would cost a synchronisation or a graph break.
+    The length ends at the last event that is shown; hidden ones before it get a bias of -inf. Whether there
+    are any is looked up only on the CPU and outside of a compiler: elsewhere it would cost a synchronisation
+    or a graph break.
     """
     n = key_padding_mask.shape[1]
     position = torch.arange(1, n + 1, device=key_padding_mask.device)
-    lengths = key_padding_mask.logical_not().mul(position).amax(1) if n else key_padding_mask.new_zeros(0).sum(1)
+    lengths = (
+        key_padding_mask.logical_not().mul(position).amax(1) if n else key_padding_mask.new_zeros(0).sum(1)
+    )
     if not torch.compiler.is_compiling() and key_padding_mask.device.type == "cpu":
         if torch.equal(key_padding_mask, position > lengths.unsqueeze(1)):
             return lengths, None
@@ -138,11 +142,11 @@ def from_dense(
     )
 
 
-# --- nested ----------------------------------------------------------------------------------------------------------
+# --- nested -------------------------------------------------------------------------------------------------
 
 
 def nested_values(x: Tensor | None) -> Tensor | None:
-    """Packed `[T, ...]` of a jagged nested tensor, its ragged dimension first or second; other tensors as they are."""
+    """Packed `[T, ...]` of a jagged nested tensor, ragged in dimension 1 or 2; other tensors as they are."""
     if x is None or not x.is_nested:
         return x
     if x._ragged_idx == 2:
@@ -153,9 +157,14 @@ def nested_values(x: Tensor | None) -> Tensor | None:
 
 
 def from_nested(
-    query: Tensor, key: Tensor, value: Tensor | None, *, kv_lengths: Tensor | None = None, **options: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    *,
+    kv_lengths: Tensor | None = None,
+    **options: Tensor | None,
 ) -> Native:
-    """Jagged nested `query [B, j, H, D]` or `[B, H, j, D]`, and so key and value; options nested too, or packed."""
+    """Nested `query [B, j, H, D]` or `[B, H, j, D]`, likewise key and value; options nested or packed."""
     q_offsets, transposed = query.offsets(), query._ragged_idx == 2
 
     def rows(x: Tensor) -> Tensor:

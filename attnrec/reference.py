@@ -1,15 +1,15 @@
 """What the ops mean, in plain PyTorch.
 
-Readable, differentiable by PyTorch's own autograd, and no faster than it has to be. Every backend is tested against
-these functions, and they serve where no backend can. They take the native, jagged form only and trust their input:
-`attnrec.functional` is the public face, which checks it.
+Readable, differentiable by PyTorch's own autograd, and no faster than it has to be. Every backend is tested
+against these functions, and they serve where no backend can. They take the native, jagged form only and trust
+their input: `attnrec.functional` is the public face, which checks it.
 
-Shapes: `B` users, `C` candidates of a user, `L` events of a history, `T_c = sum C`, `T_l = sum L`, `H` query heads,
-`H_kv` key/value heads, `D` head dim, `N` catalogue size. A batch of users is concatenated along the first dimension;
-`offsets [B + 1]` say where each begins.
+Shapes: `B` users, `C` candidates of a user, `L` events of a history, `T_c = sum C`, `T_l = sum L`, `H` query
+heads, `H_kv` key/value heads, `D` head dim, `N` catalogue size. A batch of users is concatenated along the
+first dimension; `offsets [B + 1]` say where each begins.
 
-Precision: products of tensors are taken in the inputs' dtype, as plain PyTorch does; what follows them (scaling, bias,
-softmax, log-sum-exp) in float32, or float64 for float64 input.
+Precision: products of tensors are taken in the inputs' dtype, as plain PyTorch does; what follows them
+(scaling, bias, softmax, log-sum-exp) in float32, or float64 for float64 input.
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,8 @@ def _wide(tensor: Tensor) -> Tensor:
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last dimension and its log-sum-exp; a row with nothing to see gets zeros and -inf.
 
-    Such a row is filled with zeros first and overwritten after: `-inf - -inf` would be NaN, and its gradient too.
+    Such a row is filled with zeros first and overwritten after: `-inf - -inf` would be NaN, and its gradient
+    too.
     """
     nothing = (scores == -INF).all(-1, keepdim=True)
     safe = scores.masked_fill(nothing, 0.0)
@@ -37,16 +38,17 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return safe.softmax(-1).masked_fill(nothing, 0.0), lse.squeeze(-1)
 
 
-# --- target attention ------------------------------------------------------------------------------------------------
+# --- target attention ---------------------------------------------------------------------------------------
 
 
 def _prefixes(
     q_offsets: Tensor, kv_offsets: Tensor, kv_lengths: Tensor | None, visible: Tensor | None
 ) -> Iterator[tuple[Tensor, slice, int]]:
-    """Yields `(rows, events, room)`: the candidates of one user that see the same events, a prefix of its history.
+    """Yields `(rows, events, room)`: the candidates of one user that see the same events, a prefix of its
+    history.
 
-    The events that a candidate does not see are cut off and not masked, so that a NaN in them cannot leak, neither
-    forward (0 * NaN in the weighted sum) nor backward.
+    The events that a candidate does not see are cut off and not masked, so that a NaN in them cannot leak,
+    neither forward (0 * NaN in the weighted sum) nor backward.
     """
     q_bounds, kv_bounds = q_offsets.tolist(), kv_offsets.tolist()
     for user in range(len(q_bounds) - 1):
@@ -69,7 +71,7 @@ def _shown(events: Tensor, bias: Tensor | None) -> Tensor:
 def _scores(
     query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None, self_key: Tensor | None
 ) -> Tensor:
-    """Scores `[c, H, n]` of candidates `query [c, H, D]` for the events `key [n, H_kv, D]`; self slot last, if any."""
+    """Scores `[c, H, n]` of `query [c, H, D]` for the events `key [n, H_kv, D]`; the self slot's come last."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     group = query.shape[1] // key.shape[1]
     key = _shown(key.repeat_interleave(group, dim=1), bias)
@@ -84,7 +86,7 @@ def _scores(
 
 
 def _rows_in_order(parts: list[Tensor], rows: list[Tensor], empty: Tensor) -> Tensor:
-    """Concatenates per-prefix results and sorts them by row; `empty` is the answer for a batch without rows."""
+    """Per-prefix results put together and sorted by row; `empty` answers for a batch without rows."""
     return torch.cat(parts)[torch.cat(rows).argsort()] if parts else empty
 
 
@@ -166,7 +168,8 @@ def target_attention_top(
     self_key: Tensor | None = None,
     key_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The `top` heaviest events, heaviest first, ties by the earlier event: `(weights, events)`, `[T_c, H, top]`.
+    """The `top` heaviest events, heaviest first, ties by the earlier event: `(weights, events)`, `[T_c, H,
+    top]`.
 
     Events are numbered within the user's history. Where fewer are seen: weight 0, event -1.
     """
@@ -191,13 +194,13 @@ def target_attention_top(
     )
 
 
-# --- softmax over candidates and over the catalogue ------------------------------------------------------------------
+# --- softmax over candidates and over the catalogue ---------------------------------------------------------
 
 
 def _logits(
     users: Tensor, items: Tensor, temperature: float, bias: Tensor | None, logq: Tensor | None = None
 ) -> Tensor:
-    """Logits `[..., n]` of `users [..., D]` for `items [n, D]`; an item hidden by a bias of -inf is not looked at."""
+    """Logits `[..., n]` of `users [..., D]` for `items [n, D]`; one hidden by a bias of -inf is not read."""
     if bias is not None:
         items = items.where((bias != -INF).unsqueeze(-1), 0.0)
     logits = _wide(users @ items.T) / temperature
@@ -211,7 +214,7 @@ def _logits(
 def softmax_score(
     users: Tensor, items: Tensor, offsets: Tensor, *, temperature: float = 1.0, bias: Tensor | None = None
 ) -> Tensor:
-    """Every user's softmax over its candidates: `probabilities [T_c]` of `users [B, D]` and `items [T_c, D]`."""
+    """Every user's softmax over its candidates, `probabilities [T_c]`; `users [B, D]`, `items [T_c, D]`."""
     bounds = offsets.tolist()
     parts = []
     for user, first, last in zip(range(len(bounds) - 1), bounds[:-1], bounds[1:], strict=True):
@@ -267,8 +270,8 @@ def catalog_cross_entropy(
     """Cross-entropy of each row's softmax over the catalogue: `(loss [T], lse [T])`.
 
     With `negatives [M]` the softmax runs over the row's target and them, without those that equal the target.
-    `in_batch` says that they are the batch's targets, so that ignored ones are not among them. Ignored rows have
-    loss 0 and lse -inf. `logq` and label smoothing as in the public function.
+    `in_batch` says that they are the batch's targets, so that ignored ones are not among them. Ignored rows
+    have loss 0 and lse -inf. `logq` and label smoothing as in the public function.
     """
     kept = target != ignore_index
     rows, target = users[kept], target[kept].long()

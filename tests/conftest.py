@@ -1,0 +1,39 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Shapes come from hypothesis. The first call of a shape may compile or page in, so no deadline; in CI the same
+# examples each time, so that a red run is repeated by running it again.
+settings.register_profile(
+    "attnrec",
+    deadline=None,
+    max_examples=int(os.environ.get("ATTNREC_TEST_EXAMPLES", "25")),
+    derandomize="CI" in os.environ,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("attnrec")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def poisoned_memory():
+    """Every uninitialised tensor holds NaN (integers: their largest value), so that an element which an op
+    forgets to write cannot pass for a right one.
+
+    Torch itself does this where algorithms must be deterministic, for tensors that C++ allocates too.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

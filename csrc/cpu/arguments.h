@@ -1,0 +1,55 @@
+// What the binding hands to the kernels: raw pointers, strides in elements, no framework types.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/element.h"
+
+namespace attnrec::cpu {
+
+// Vectors `[rows, heads, D]` of any row and head stride; the last dimension is contiguous.
+struct Vectors {
+  const void* data = nullptr;
+  int64_t row_stride = 0, head_stride = 0;
+
+  const void* at(int64_t row, int64_t head, Element element) const {
+    return static_cast<const char*>(data) + (row * row_stride + head * head_stride) * element_bytes(element);
+  }
+};
+
+// The streaming softmax's problem: user b's rows `q_offsets[b] … q_offsets[b+1]` against its events
+// `kv_offsets[b] … + kv_lengths[b]`. The catalogue ops are the case of one user, one head, key = the item table.
+struct Attention {
+  Element element = Element::kFloat32;  // of every Vectors here
+  int head_dim = 0, heads = 0, kv_heads = 0;
+  int64_t users = 0;
+  double scale = 1.0;
+  Vectors query, key, value, self_key, self_value;
+  const int64_t* q_offsets = nullptr;   // [users + 1]
+  const int64_t* kv_offsets = nullptr;  // [users + 1]
+  const int64_t* kv_lengths = nullptr;  // [users], or null: the whole room
+  const int64_t* visible = nullptr;     // [T_c], or null: all events
+  const void* key_bias = nullptr;       // [T_l, heads], or null
+  Element bias_element = Element::kFloat32;
+  int64_t bias_row_stride = 0, bias_head_stride = 0;
+
+  int64_t events(int64_t user) const {
+    return kv_lengths ? kv_lengths[user] : kv_offsets[user + 1] - kv_offsets[user];
+  }
+};
+
+// A piece of work that one thread does alone: `rows` rows of one user against the events of one key/value head.
+// A row is a (candidate, head) pair: row r is candidate `first + r / group`, head `head + r % group`. A unit never
+// splits events, and what a row gives does not depend on the unit that it is in.
+struct Unit {
+  int64_t user = 0;
+  int64_t first = 0;  // candidate, counted over the batch
+  int rows = 0;       // candidates of the unit times group
+  int group = 1;      // query heads of the unit: those of one kv head, or one
+  int head = 0, kv_head = 0;
+
+  int64_t candidate(int row) const { return first + row / group; }
+  int query_head(int row) const { return head + row % group; }
+};
+
+}  // namespace attnrec::cpu

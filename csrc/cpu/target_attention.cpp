@@ -1,0 +1,32 @@
+// attnrec::target_attention on the CPU.
+#include <tuple>
+
+#include "cpu/attention_arguments.h"
+
+namespace attnrec::cpu {
+namespace {
+
+std::tuple<Tensor, Tensor> target_attention(Tensor query, Tensor key, Tensor value, Tensor q_offsets, Tensor kv_offsets,
+                                            std::optional<double> scale, OptionalTensor kv_lengths,
+                                            OptionalTensor visible, OptionalTensor self_key, OptionalTensor self_value,
+                                            OptionalTensor key_bias) {
+  const AttentionArguments arguments("target_attention", query, key, &value, q_offsets, kv_offsets, scale, kv_lengths,
+                                     visible, self_key, &self_value, key_bias);
+  const Attention& a = arguments.attention;
+  Tensor out = new_empty(query, {query.size(0), query.size(1), query.size(2)});
+  Tensor lse = new_empty(query, {query.size(0), query.size(1)}, working_dtype(a.element));
+  const std::vector<Unit> units = plan_units(a);
+  const Kernels& tier = kernels(a.element);
+  for_each_unit(static_cast<int64_t>(units.size()), [&](int64_t i) {
+    void* memory = thread_scratch(tier.target_attention(a, units[i], nullptr, nullptr, nullptr));
+    tier.target_attention(a, units[i], memory, out.mutable_data_ptr(), lse.mutable_data_ptr());
+  });
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace attnrec::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(attnrec, CPU, m) {
+  m.impl("target_attention", TORCH_BOX(&attnrec::cpu::target_attention));
+}

@@ -1,0 +1,30 @@
+// The instruction sets that the kernels are compiled for, and which of them runs here.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/arguments.h"
+
+namespace attnrec::cpu {
+
+// One tier's kernels: a row an op. A kernel runs one unit in `memory`; called with memory = nullptr it only says how
+// many bytes of it such a unit needs.
+struct Kernels {
+  const char* name;
+  int (*rows_of_a_block)();
+  double (*probe_fma)(int64_t rounds, double* sink);  // the probes: see probes-inl.h
+  double (*probe_read)(const void* memory, int64_t bytes, double* sink);
+  double (*probe_exp2)(int64_t rounds, double* sink);
+  int64_t (*target_attention)(const Attention&, const Unit&, void* memory, void* out, void* lse);
+};
+
+// Best tier of this processor, or the one that ATTNREC_CPU_TIER names. Throws std::runtime_error where the variable
+// names a tier that is unknown or that the processor lacks. `Element::kFloat64` has the baseline tier in double only.
+const Kernels& kernels(Element element);
+
+const char* tier_name();
+std::vector<std::string> tiers_available();
+
+}  // namespace attnrec::cpu

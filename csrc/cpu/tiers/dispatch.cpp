@@ -1,0 +1,67 @@
+#include "cpu/tiers.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace attnrec::cpu {
+
+extern const Kernels kBaseline, kBaselineDouble, kAvx2, kAvx512;
+
+namespace {
+
+struct Tier {
+  const Kernels* kernels;
+  bool (*runs_here)();
+};
+
+// From the plainest to the best. libgcc's check covers both the processor (CPUID) and the system (XGETBV).
+const Tier kTiers[] = {
+    {&kBaseline, [] { return true; }},
+#if defined(__x86_64__)
+    {&kAvx2,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+    {&kAvx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
+#endif
+};
+
+const Kernels& choose() {
+  const char* asked = std::getenv("ATTNREC_CPU_TIER");
+  const Kernels* best = nullptr;
+  std::string here;
+  for (const Tier& tier : kTiers) {
+    if (!tier.runs_here()) continue;
+    here += (here.empty() ? "" : ", ") + std::string(tier.kernels->name);
+    if (!asked || !*asked || asked == std::string(tier.kernels->name)) best = tier.kernels;
+  }
+  if (!best) {
+    throw std::runtime_error("attnrec: ATTNREC_CPU_TIER must name a tier that this processor has (" + here + "), got \"" +
+                             asked + "\"");
+  }
+  return *best;
+}
+
+}  // namespace
+
+const Kernels& kernels(Element element) {
+  static const Kernels& chosen = choose();
+  return element == Element::kFloat64 ? kBaselineDouble : chosen;
+}
+
+const char* tier_name() { return kernels(Element::kFloat32).name; }
+
+std::vector<std::string> tiers_available() {
+  std::vector<std::string> names;
+  for (const Tier& tier : kTiers) {
+    if (tier.runs_here()) names.push_back(tier.kernels->name);
+  }
+  return names;
+}
+
+}  // namespace attnrec::cpu

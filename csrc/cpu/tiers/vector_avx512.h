@@ -1,0 +1,82 @@
+// AVX-512 (F, BW, VL, DQ) vectors.
+#pragma once
+
+namespace attnrec::cpu {
+namespace {
+
+struct Avx512Vector {
+  using Real = float;
+  using Reg = __m512;
+  static constexpr int kWidth = 16;
+  static constexpr int kRows = 8;  // 8 x 2 accumulators hide the latency of 2 FMA pipes; broadcasts come from memory
+
+  ATTNREC_INLINE Reg set1(float x) { return _mm512_set1_ps(x); }
+  ATTNREC_INLINE Reg zero() { return _mm512_setzero_ps(); }
+  ATTNREC_INLINE Reg load(const float* p) { return _mm512_loadu_ps(p); }
+  ATTNREC_INLINE Reg load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  ATTNREC_INLINE Reg load(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  ATTNREC_INLINE void store(float* p, Reg r) { _mm512_storeu_ps(p, r); }
+  ATTNREC_INLINE void store(BFloat16* p, Reg r) {
+    const __m512i bits = _mm512_castps_si512(r);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(r, r, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    const __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  }
+  ATTNREC_INLINE void store(Half* p, Reg r) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT));
+  }
+  ATTNREC_INLINE Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  ATTNREC_INLINE Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  ATTNREC_INLINE Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  ATTNREC_INLINE Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  ATTNREC_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+  ATTNREC_INLINE float sum(Reg r) { return _mm512_reduce_add_ps(r); }
+  ATTNREC_INLINE float maximum(Reg r) { return _mm512_reduce_max_ps(r); }
+  // The first n lanes of r, `fill` in the others.
+  ATTNREC_INLINE Reg first(Reg r, int n, float fill) {
+    const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
+    return _mm512_mask_blend_ps(mask, set1(fill), r);
+  }
+  ATTNREC_INLINE void transpose(Reg (&r)[kWidth]) {
+    Reg t[16];
+    for (int i = 0; i < 8; i++) {
+      t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; i++) {
+      r[4 * i] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+      r[4 * i + 1] = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+      r[4 * i + 2] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+      r[4 * i + 3] = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+      t[i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0x88);
+      t[4 + i] = _mm512_shuffle_f32x4(r[i], r[4 + i], 0xdd);
+      t[8 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0x88);
+      t[12 + i] = _mm512_shuffle_f32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+      r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
+      r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
+    }
+  }
+  ATTNREC_INLINE Reg exp2(Reg x) {
+    const Reg clamped = max(set1(-200.0f), x);  // NaN stays NaN; 2^-200 is 0 in fp32
+    const Reg n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Reg f = sub(clamped, n);
+    Reg p = set1(kExp2Coefficients[0]);
+    for (int i = 1; i < kExp2Terms; i++) p = fma(p, f, set1(kExp2Coefficients[i]));
+    return _mm512_scalef_ps(p, n);
+  }
+};
+
+}  // namespace
+}  // namespace attnrec::cpu

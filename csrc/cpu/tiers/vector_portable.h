@@ -1,0 +1,76 @@
+// The baseline tier's vectors: the compiler's own vector extension, which becomes SSE2 on x86-64 and NEON on aarch64.
+// `Real` is float, or double for float64 tensors.
+#pragma once
+
+namespace attnrec::cpu {
+namespace {
+
+template <class T>
+struct PortableVector {
+  using Real = T;
+  static constexpr int kWidth = 4;
+  static constexpr int kRows = 4;  // 4 x 2 accumulators leave room in 16 registers
+  typedef T Reg __attribute__((vector_size(kWidth * sizeof(T))));
+
+  ATTNREC_INLINE Reg set1(Real x) { return Reg{x, x, x, x}; }
+  ATTNREC_INLINE Reg zero() { return Reg{}; }
+  ATTNREC_INLINE Reg load(const Real* p) {
+    Reg r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+  }
+  template <class Stored>
+  ATTNREC_INLINE Reg load(const Stored* p) {
+    return Reg{static_cast<Real>(to_float(p[0])), static_cast<Real>(to_float(p[1])),
+               static_cast<Real>(to_float(p[2])), static_cast<Real>(to_float(p[3]))};
+  }
+  ATTNREC_INLINE void store(Real* p, Reg r) { std::memcpy(p, &r, sizeof r); }
+  ATTNREC_INLINE void store(BFloat16* p, Reg r) {
+    for (int i = 0; i < kWidth; i++) p[i] = to_bfloat16(static_cast<float>(r[i]));
+  }
+  ATTNREC_INLINE void store(Half* p, Reg r) {
+    for (int i = 0; i < kWidth; i++) p[i] = to_half(static_cast<float>(r[i]));
+  }
+  ATTNREC_INLINE Reg add(Reg a, Reg b) { return a + b; }
+  ATTNREC_INLINE Reg sub(Reg a, Reg b) { return a - b; }
+  ATTNREC_INLINE Reg mul(Reg a, Reg b) { return a * b; }
+  ATTNREC_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }  // two roundings: no fused product at this level
+  ATTNREC_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }     // b where either is NaN, as on x86
+  ATTNREC_INLINE Real sum(Reg r) { return (r[0] + r[1]) + (r[2] + r[3]); }
+  ATTNREC_INLINE Real maximum(Reg r) {
+    Real m = r[0];
+    for (int i = 1; i < kWidth; i++) m = r[i] > m ? r[i] : m;
+    return m;
+  }
+  // The first n lanes of r, `fill` in the others.
+  ATTNREC_INLINE Reg first(Reg r, int n, Real fill) {
+    for (int i = 0; i < kWidth; i++) r[i] = i < n ? r[i] : fill;
+    return r;
+  }
+  ATTNREC_INLINE void transpose(Reg (&r)[kWidth]) {
+    Reg t[kWidth];
+    for (int i = 0; i < kWidth; i++) t[i] = Reg{r[0][i], r[1][i], r[2][i], r[3][i]};
+    for (int i = 0; i < kWidth; i++) r[i] = t[i];
+  }
+  ATTNREC_INLINE Reg exp2(Reg x) {
+    if constexpr (std::is_same_v<Real, double>) {
+      return Reg{std::exp2(x[0]), std::exp2(x[1]), std::exp2(x[2]), std::exp2(x[3])};
+    } else {
+      typedef int32_t Bits __attribute__((vector_size(kWidth * sizeof(int32_t))));
+      const Reg magic = set1(12582912.0f);        // 1.5 * 2^23: adding it rounds to an integer
+      const Reg clamped = max(set1(-150.0f), x);  // NaN stays NaN
+      const Reg rounded = clamped + magic, f = clamped - (rounded - magic);
+      Reg p = set1(kExp2Coefficients[0]);
+      for (int i = 1; i < kExp2Terms; i++) p = p * f + set1(kExp2Coefficients[i]);
+      Bits n;
+      std::memcpy(&n, &rounded, sizeof n);
+      const Bits exponent = (n + 127) << 23;
+      Reg power;
+      std::memcpy(&power, &exponent, sizeof power);
+      return x < set1(-126.0f) ? Reg{} : p * power;  // below the normal range: exactly 0
+    }
+  }
+};
+
+}  // namespace
+}  // namespace attnrec::cpu

@@ -7,16 +7,17 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 
 EXTRAS  := recommender,bench,test,dev
-SOURCES := $(shell find csrc build_backend -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.py')
-FOLDERS := $(shell find csrc -type d)
-# Each tier in a process of its own: the dispatch is decided once per process.
-OP_TESTS := tests
+CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES  := $(CXX_CODE) $(wildcard build_backend/*.py)
+FOLDERS  := $(shell find csrc -type d)  # their times change when a file comes or goes
+# The tests that go through the kernels, for the runs under one tier and under the sanitizers.
+OP_TESTS := $(wildcard $(foreach op,target_attention softmax_score catalog,tests/test_$(op)*.py))
 
-.PHONY: help env build test lint sanitize demo clean
+.PHONY: help env build test tiers lint sanitize aarch64 demo clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 # Torch and the build tools first: the extension is compiled against this torch, not against one that pip would
 # fetch for an isolated build.
@@ -40,6 +41,49 @@ $(VENV)/installed: build/extension pyproject.toml constraints.txt
 	@touch $@
 
 env: $(VENV)/installed ## the whole environment, extension included
+
+test: env lint ## environment, build, lint and all tests, those of the ops once per CPU tier
+	@echo "== tests: all, on this machine's best CPU tier"
+	$(BIN)/pytest -q
+	@$(MAKE) --no-print-directory tiers
+
+# A process each, because the choice is made once in a process.
+tiers: env ## the ops' tests once for each lower CPU tier of this machine
+	@set -e; for tier in $$($(BIN)/python -c 'from attnrec._extension import extension as e; print(*[t for t in e.tiers_available() if t != e.tier_name()])'); do \
+	  echo "== tests: the ops on CPU tier $$tier"; \
+	  ATTNREC_CPU_TIER=$$tier $(BIN)/pytest -q $(OP_TESTS); \
+	done
+
+lint: env ## ruff and clang-format
+	@echo "== lint"
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_CODE)
+
+# In a folder of its own (Python files copied, extension beside them), so that the normal build stays as it is.
+SANITIZED := build/sanitize/lib
+sanitize: env ## the ops' tests on kernels built with address and undefined-behaviour sanitizers
+	@echo "== sanitizers: compiling"
+	ATTNREC_SANITIZE=1 ATTNREC_CUDA=off $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+	@echo "== sanitizers: the ops' tests"
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ATTNREC_EXPECT_SANITIZED=1 \
+	  ATTNREC_TEST_EXAMPLES=5 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -p no:cacheprovider tests/test_info.py $(OP_TESTS)
+
+# All of csrc/cpu for another architecture, where no tier with intrinsics exists; torch's headers are the same there.
+CXX_AARCH64   ?= aarch64-linux-gnu-g++
+AARCH64_FLAGS := -std=c++20 -O2 -ffp-contract=off -Wall -Werror -Icsrc
+AARCH64       := $(patsubst csrc/%.cpp,build/aarch64/%.o,$(shell find csrc/cpu -name '*.cpp'))
+build/aarch64/%.o: csrc/%.cpp $(CXX_CODE)
+	@mkdir -p $(dir $@)
+	$(CXX_AARCH64) $(AARCH64_FLAGS) -DTORCH_TARGET_VERSION=0x020b000000000000 \
+	  $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths as p; print(*["-isystem " + d for d in p()])') -c $< -o $@
+
+aarch64: $(VENV)/tools $(AARCH64) ## compile csrc/cpu for aarch64 (Debian: g++-aarch64-linux-gnu)
+	@test -n "$(AARCH64)"
+
+demo: env ## environment, build, then the recommender on MovieLens-100k, into runs/demo
+	$(BIN)/python -m attnrec.recommender.demo --out runs/demo
 
 clean: ## remove what the build made; the environment stays
 	rm -rf build dist attnrec.egg-info attnrec/_C*.so

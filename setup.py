@@ -24,7 +24,9 @@ try:
 except ImportError:  # an sdist and the metadata need no torch
     torch = None
 
-with suppress(ImportError):  # torch's helper looks for ninja on PATH, where an environment not activated is not
+with suppress(
+    ImportError
+):  # torch's helper looks for ninja on PATH, where an environment not activated is not
     import ninja
 
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
@@ -74,8 +76,8 @@ def one_at_a_time(path: Path):
 class BuildWithoutTorch(build_ext):
     def run(self):
         raise BuildError(
-            "attnrec's extension is compiled against torch >= 2.11, and there is none here. Install torch first "
-            "(any build of it, CPU or CUDA), then attnrec; see docs/install.md."
+            "attnrec's extension is compiled against torch >= 2.11, and there is none here. Install torch "
+            "first (any build of it, CPU or CUDA), then attnrec; see docs/install.md."
         )
 
 
@@ -84,8 +86,8 @@ def torch_build_ext():
         def finalize_options(self):
             super().finalize_options()
             if self.inplace or self.editable_mode:
-                # setuptools gives an editable install a new temporary folder each time; in this one `make build`
-                # and `pip install -e .` find each other's objects.
+                # setuptools gives an editable install a new temporary folder each time; in this one
+                # `make build` and `pip install -e .` find each other's objects.
                 self.build_temp = str(ROOT / "build" / "objects")
 
         def build_extensions(self):

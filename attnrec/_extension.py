@@ -43,7 +43,7 @@ def why_missing(package: Path = PACKAGE) -> str:
 
 def load() -> tuple[ModuleType | None, str]:
     """`(attnrec._C, "")`, or `(None, the reason)`. Importing it registers the torch ops."""
-    # Only the one in this folder: beside an editable install of another tree a plain import would find that one's.
+    # Only the one in this folder: an editable install of another tree would answer for it with its own.
     if PathFinder.find_spec("attnrec._C", [str(PACKAGE)]) is None:
         return None, why_missing()
     try:

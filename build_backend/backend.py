@@ -1,9 +1,9 @@
 """A PEP 517 backend: setuptools', plus the torch that the user already has.
 
-An isolated build sees nothing of the environment it builds for, so a plain `requires = ["torch"]` downloads a
-second torch of several GB, and compiles against that one. This backend looks for a supported torch in the
-environment that runs it. Where there is one, it is put at the end of sys.path and not required; where there is
-none, torch is required like anything else.
+An isolated build sees nothing of the environment it builds for, so a plain `requires = ["torch"]` downloads
+a second torch of several GB, and compiles against that one. This backend looks for a supported torch in the
+environment that runs it. Where there is one, it is put at the end of sys.path and not required; where there
+is none, torch is required like anything else.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def find_torch(folders: list[str]) -> str | None:
 
 
 def borrow_torch() -> bool:
-    """Make the environment's torch importable, behind all that the build has of its own; False if it has none."""
+    """Make the environment's torch importable, behind what the build has of its own; False if it has none."""
     folder = find_torch(environment_folders())
     if folder is None:
         return False

@@ -1,4 +1,4 @@
-"""What the build does with the machine it finds: pure functions of their arguments, so that tests can call them."""
+"""What the build does with the machine it finds: pure functions of their arguments, for tests to call."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ CUDA_ARCHS = "8.0;8.6;8.9;9.0a;10.0a;12.0+PTX"
 # A translation unit of kernel templates at -O3 needs up to about 1.5 GB.
 GIB_PER_JOB = 2.0
 
-# No -march: what needs more than the baseline sits in the tier files and is chosen at run time. No contraction:
-# a*b+c is fused where a kernel says so and nowhere else, so that every compiler gives the same bits. The
-# first three come after Python's own flags, which on some systems ask for debug information or -O2.
+# No -march: what needs more than the baseline sits in the tier files and is chosen at run time. No
+# contraction: a*b+c is fused where a kernel says so and nowhere else, so that every compiler gives the same
+# bits. These come after Python's own flags, which ask for -O2 or debug information on some systems.
 CXX_FLAGS = ("-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
-SANITIZE_FLAGS = ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
+SANITIZE_FLAGS = (
+    "-O1",
+    "-g1",
+    "-fno-omit-frame-pointer",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+)
 
 
 class BuildError(RuntimeError):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Shapes come from hypothesis. The first call of a shape may compile or page in, so no deadline; in CI the same
-# examples each time, so that a red run is repeated by running it again.
+# Shapes come from hypothesis. The first call of a shape may compile or page in, so no deadline; in CI the
+# same examples each time, so that a red run is repeated by running it again.
 settings.register_profile(
     "attnrec",
     deadline=None,

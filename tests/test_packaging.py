@@ -22,7 +22,12 @@ from build_backend import backend, plan  # noqa: E402
 @pytest.fixture
 def tree(tmp_path):
     """A source tree with one C++ and one CUDA file."""
-    for name in ("csrc/library.cpp", "csrc/cpu/kernels.cpp", "csrc/cpu/tiers/tiers.h", "csrc/cuda/kernels.cu"):
+    for name in (
+        "csrc/library.cpp",
+        "csrc/cpu/kernels.cpp",
+        "csrc/cpu/tiers/tiers.h",
+        "csrc/cuda/kernels.cu",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     return tmp_path
@@ -50,12 +55,21 @@ class TestPlan:
 
     @pytest.mark.parametrize(
         ("version", "answer"),
-        [("2.10.1", False), ("2.11.0", True), ("2.13.0+cpu", True), ("2.14.1", True), ("2.15.0", False), ("x", False)],
+        [
+            ("2.10.1", False),
+            ("2.11.0", True),
+            ("2.13.0+cpu", True),
+            ("2.14.1", True),
+            ("2.15.0", False),
+            ("x", False),
+        ],
     )
     def test_supported_torch(self, version, answer):
         assert plan.supported(version) is answer
 
-    @pytest.mark.parametrize(("cores", "memory", "jobs"), [(8, 100.0, 8), (8, 5.0, 2), (8, 0.5, 1), (2, None, 2)])
+    @pytest.mark.parametrize(
+        ("cores", "memory", "jobs"), [(8, 100.0, 8), (8, 5.0, 2), (8, 0.5, 1), (2, None, 2)]
+    )
     def test_jobs_fit_the_memory(self, cores, memory, jobs):
         assert plan.max_jobs(cores, memory) == jobs
 
@@ -86,7 +100,9 @@ class TestCuda:
         assert bool(reason) is bool(why)
 
     def test_require_says_what_is_missing(self):
-        with pytest.raises(plan.BuildError, match=r"ATTNREC_CUDA=require, but the installed torch .* without CUDA"):
+        with pytest.raises(
+            plan.BuildError, match=r"ATTNREC_CUDA=require, but the installed torch .* without CUDA"
+        ):
             plan.decide_cuda("require", None, "/cuda", ["csrc/cuda/kernels.cu"])
         with pytest.raises(plan.BuildError, match="no CUDA sources"):
             plan.decide_cuda("require", "13.0", "/cuda", [])
@@ -140,7 +156,11 @@ class TestBorrowing:
 
 def run(*command, **options) -> str:
     done = subprocess.run(
-        [str(part) for part in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options
+        [str(part) for part in command],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -174,7 +194,13 @@ def test_sdist_has_every_source(sdist):
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
     wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob("attnrec/**/*.py")}
-    wanted |= {"kernels/__init__.py", "build_backend/backend.py", "build_backend/plan.py", "LICENSE", "setup.py"}
+    wanted |= {
+        "kernels/__init__.py",
+        "build_backend/backend.py",
+        "build_backend/plan.py",
+        "LICENSE",
+        "setup.py",
+    }
     assert wanted - names == set()
     assert not [name for name in names if name.endswith(".so")]
 
@@ -184,7 +210,9 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
         names = archive.namelist()
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"attnrec"}
-    wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("attnrec/**/*.py")} | {"attnrec/kernels/__init__.py"}
+    wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("attnrec/**/*.py")} | {
+        "attnrec/kernels/__init__.py"
+    }
     assert wanted - set(names) == set()
     assert len([name for name in names if name.startswith("attnrec/_C")]) == 1
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu"))]

@@ -7,13 +7,17 @@ from attnrec.functional import (
     target_attention,
     target_attention_weights,
 )
+from attnrec.ops import debug, explain, use_backend
 
 __version__ = "0.1.0"
 
 __all__ = [
     "catalog_cross_entropy",
     "catalog_topk",
+    "debug",
+    "explain",
     "softmax_score",
     "target_attention",
     "target_attention_weights",
+    "use_backend",
 ]

@@ -95,9 +95,12 @@ def target_attention(
     }
     native = _native(query, key, value, q_offsets, kv_offsets, key_padding_mask, **options)
     if native is None:
-        out, lse = ops.target_attention(query, key, value, q_offsets, kv_offsets, scale=scale, **options)
+        out, lse = ops.call(
+            "target_attention", query, key, value, q_offsets, kv_offsets, scale=scale, **options
+        )
         return (out, lse) if return_lse else out
-    out, lse = ops.target_attention(
+    out, lse = ops.call(
+        "target_attention",
         native.query,
         native.key,
         native.value,
@@ -144,11 +147,13 @@ def target_attention_weights(
         query, key, q_offsets, kv_offsets = native.query, native.key, native.q_offsets, native.kv_offsets
         options = {name: native.options[name] for name in options}
     if top is None:
-        weights, offsets = ops.target_attention_weights(
-            query, key, q_offsets, kv_offsets, scale=scale, **options
+        weights, offsets = ops.call(
+            "target_attention_weights", query, key, q_offsets, kv_offsets, scale=scale, **options
         )
         return (weights, offsets) if native is None else native.pairs(weights, offsets)
-    weights, events = ops.target_attention_top(query, key, q_offsets, kv_offsets, top, scale=scale, **options)
+    weights, events = ops.call(
+        "target_attention_top", query, key, q_offsets, kv_offsets, top, scale=scale, **options
+    )
     return (weights, events) if native is None else (native.rows(weights), native.rows(events))
 
 
@@ -172,16 +177,16 @@ def softmax_score(
         Probabilities in the users' dtype, `[T_c]` (dense `[B, C]`, nested `[B, j]`), differentiable.
     """
     if offsets is not None:
-        return ops.softmax_score(users, items, offsets, temperature=temperature, bias=bias)
+        return ops.call("softmax_score", users, items, offsets, temperature=temperature, bias=bias)
     if items.is_nested:
         offsets = items.offsets()
         packed, bias = layout.nested_values(items), layout.nested_values(bias)
-        out = ops.softmax_score(users, packed, offsets, temperature=temperature, bias=bias)
+        out = ops.call("softmax_score", users, packed, offsets, temperature=temperature, bias=bias)
         return torch.nested.nested_tensor_from_jagged(out, offsets)
     batch, candidates = items.shape[:2]
     offsets = torch.arange(batch + 1, device=items.device) * candidates
     bias = None if bias is None else bias.flatten()
-    out = ops.softmax_score(users, items.flatten(0, 1), offsets, temperature=temperature, bias=bias)
+    out = ops.call("softmax_score", users, items.flatten(0, 1), offsets, temperature=temperature, bias=bias)
     return out.view(batch, candidates)
 
 
@@ -210,7 +215,8 @@ def catalog_topk(
         lse)` is a probability. Where fewer than k are left: score -inf and id -1. Forward only.
     """
     exclude_ids, exclude_offsets = (None, None) if exclude is None else exclude
-    return ops.catalog_topk(
+    return ops.call(
+        "catalog_topk",
         users,
         catalog,
         k,
@@ -262,7 +268,8 @@ def catalog_cross_entropy(
         if negatives != "in-batch":
             raise ValueError(f"negatives must be a tensor of ids or 'in-batch', got {negatives!r}")
         negatives = target
-    loss, _ = ops.catalog_cross_entropy(
+    loss, _ = ops.call(
+        "catalog_cross_entropy",
         users,
         table,
         target,

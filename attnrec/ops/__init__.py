@@ -1,19 +1,103 @@
-"""The ops in their native form, as the public functions call them."""
+"""The ops in their native form: `call(name, ...)`.
 
-from attnrec.reference import (
+Each has a file of its name with its checks, shapes and gradient; OPS is the list of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnrec._extension import extension
+from attnrec.ops import (
+    backends,
     catalog_cross_entropy,
     catalog_topk,
+    checks,
+    registration,
     softmax_score,
     target_attention,
-    target_attention_top,
     target_attention_weights,
 )
+from attnrec.ops.backends import Explanation, use_backend
+from attnrec.ops.checks import debug
+from attnrec.ops.op import Op, device_of
 
-__all__ = [
-    "catalog_cross_entropy",
-    "catalog_topk",
-    "softmax_score",
-    "target_attention",
-    "target_attention_top",
-    "target_attention_weights",
-]
+__all__ = ["OPS", "Explanation", "Op", "call", "debug", "explain", "use_backend"]
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for module in (
+        target_attention,
+        target_attention_weights,
+        softmax_score,
+        catalog_topk,
+        catalog_cross_entropy,
+    )
+    for op in module.OPS
+}
+
+if extension is not None:
+    registration.register(list(OPS.values()))
+    _functions: dict[str, Callable[..., Any]] = {
+        name: getattr(torch.ops.attnrec, name).default for name in OPS
+    }
+else:
+    _functions = {name: registration.without_dispatcher(op) for name, op in OPS.items()}
+
+backends.force_by_environment()
+
+_explaining = False
+
+
+class _Explained(Exception):  # not an error: it ends the call that `explain` looks at
+    def __init__(self, call: backends.Call) -> None:
+        self.call = call
+
+
+def call(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Runs an op. Bad arguments raise the ValueError or TypeError of `checks`, whichever backend met them."""
+    if _explaining:
+        raise _Explained(backends.Call(OPS[name], OPS[name].bind(args, kwargs)))
+    try:
+        return _functions[name](*args, **kwargs)
+    except RuntimeError as error:
+        _raise_in_words(OPS[name], args, kwargs, error)
+        raise
+
+
+def _raise_in_words(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], error: RuntimeError) -> None:
+    """What a compiled kernel refused, as the checks put it; nothing where they find no fault."""
+    arguments = op.bind(args, kwargs)
+    if not any(isinstance(x, Tensor) for x in arguments.values()):
+        op.check(False, **arguments)
+    device = device_of(arguments)
+    if op.autocast is not None and torch.is_autocast_enabled(device.type):
+        arguments = op.autocast(arguments, torch.get_autocast_dtype(device.type))
+    try:
+        op.check(checks.reads_values(device), **arguments)
+    except (TypeError, ValueError) as said:
+        raise said from error
+
+
+def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
+    """What would run for this call, and why the other backends would not.
+
+    `function` is one of the public functions, such as `attnrec.target_attention`, with its arguments; or an
+    op's name with those of the op. Nothing is computed. The answer prints as text and has the fields `op`,
+    `backend`, `forced` and `reasons`.
+    """
+    global _explaining
+    if isinstance(function, str):
+        if function not in OPS:
+            raise ValueError(f"no op {function!r}: there are {', '.join(OPS)}")
+        return backends.explanation(backends.Call(OPS[function], OPS[function].bind(args, kwargs)))
+    _explaining = True
+    try:
+        function(*args, **kwargs)
+    except _Explained as reached:
+        return backends.explanation(reached.call)
+    finally:
+        _explaining = False
+    raise ValueError(f"{getattr(function, '__name__', function)} called no op of attnrec")

@@ -1,0 +1,194 @@
+"""The backends, which of them serves a call, and how a user chooses or asks.
+
+A backend has a `name`, says of a call why it cannot serve it (`supports`, None where it can), and runs it.
+BACKENDS is
+the order of preference: the first that supports a call serves it, unless one is forced. `reference` is last
+and supports everything.
+
+On CPU tensors the usual call never comes here: the C++ kernels are registered for the CPU with the dispatcher
+itself. A kernel that asks here takes their place only while another backend is forced
+(`registration.reroute_cpu`).
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from attnrec._extension import extension, reason
+from attnrec.ops import checks
+from attnrec.ops.op import Arguments, Op, device_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """An op and all its arguments by name, in the native form."""
+
+    op: Op
+    arguments: Arguments
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.arguments)
+
+
+class Backend(Protocol):
+    name: str
+
+    def supports(self, call: Call) -> str | None:
+        """Why not, or None."""
+
+    def run(self, call: Call) -> Any: ...
+
+
+class Reference:
+    """Plain PyTorch: attnrec/reference.py, after all checks."""
+
+    name = "reference"
+
+    def supports(self, call: Call) -> str | None:
+        return None
+
+    def run(self, call: Call) -> Any:
+        call.op.check(checks.reads_values(call.device), **call.arguments)
+        return call.op.reference(**call.arguments)
+
+
+class Cpu:
+    """The C++ kernels of csrc/cpu, which the dispatcher calls by itself."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()  # names of ops; filled at registration
+
+    def supports(self, call: Call) -> str | None:
+        if extension is None:
+            return reason
+        if call.device.type != "cpu":
+            return f"the tensors are on {call.device}"
+        if call.op.name not in self.kernels:
+            return f"this build has no CPU kernel of {call.op.name}"
+        return None
+
+    def run(self, call: Call) -> Any:
+        args, kwargs = call.op.split(call.arguments)
+        return getattr(torch.ops.attnrec, call.op.name)(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class NotThere:
+    """A backend that this build or version does not have."""
+
+    name: str
+    why: Callable[[], str]
+
+    def supports(self, call: Call) -> str | None:
+        return self.why()
+
+    def run(self, call: Call) -> Any:
+        raise NotImplementedError(f"{self.name}: {self.why()}")
+
+
+def _why_no_cuda() -> str:
+    if extension is None:
+        return reason
+    return extension.build["why_no_cuda"] or "this version has no CUDA kernels"
+
+
+# Triton kernels (kernels/) and CUDA kernels (csrc/cuda) take the places of these two when they come.
+CPU = Cpu()
+BACKENDS: tuple[Backend, ...] = (
+    NotThere("cuda", _why_no_cuda),
+    NotThere("triton", lambda: "this version has no Triton kernels"),
+    CPU,
+    Reference(),
+)
+
+_forced: Backend | None = None
+
+
+def _named(name: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    raise ValueError(f"no backend {name!r}: there are {', '.join(b.name for b in BACKENDS)}")
+
+
+def choose(call: Call) -> Backend:
+    """The backend that serves the call: the forced one, or the first that supports it."""
+    if _forced is not None:
+        why_not = _forced.supports(call)
+        if why_not is not None:
+            raise RuntimeError(f"the backend {_forced.name} can't serve {call.op.name}: {why_not}")
+        return _forced
+    return next(backend for backend in BACKENDS if backend.supports(call) is None)
+
+
+class use_backend:  # a function to its user, which may also stand in a `with`
+    """Forces a backend, by name, for all threads of the process; None: the usual choice by call.
+
+    As a plain call it holds until the next; in a `with` statement until its end. `ATTNREC_BACKEND` in the
+    environment does the same from the start. A call that the backend can't serve raises RuntimeError with the
+    reason.
+
+        attnrec.use_backend("reference")
+        with attnrec.use_backend("reference"):
+            ...
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._before = _forced
+        _force(None if name is None else _named(name))
+
+    def __enter__(self) -> "use_backend":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _force(self._before)
+
+
+def _force(backend: Backend | None) -> None:
+    from attnrec.ops import registration
+
+    global _forced
+    _forced = backend
+    # The CPU's own kernels need no detour where they are the ones that are asked for.
+    registration.reroute_cpu(backend is not None and backend.name != "cpu")
+
+
+def force_by_environment() -> None:
+    name = os.environ.get("ATTNREC_BACKEND")
+    if name:
+        _force(_named(name))
+    if os.environ.get("ATTNREC_DEBUG", "0") not in ("", "0"):
+        checks.debug(True)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run, and why not the others; prints as text."""
+
+    op: str
+    backend: str | None  # None: the forced backend can't serve the call
+    forced: bool
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        how = " (forced)" if self.forced else ""
+        lines = [f"{self.op}: {self.backend or 'raises'}{how}"]
+        return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.reasons.items()])
+
+
+def explanation(call: Call) -> Explanation:
+    """What `choose` does with the call, and why."""
+    reasons = {b.name: why for b in BACKENDS if (why := b.supports(call)) is not None}
+    if _forced is not None:
+        able = None if _forced.name in reasons else _forced.name
+        others = {b.name: f"{_forced.name} is forced" for b in BACKENDS if b is not _forced}
+        return Explanation(call.op.name, able, True, others | reasons)
+    chosen = choose(call)
+    later = {b.name: f"{chosen.name} comes first" for b in BACKENDS[BACKENDS.index(chosen) + 1 :]}
+    return Explanation(call.op.name, chosen.name, False, reasons | later)

@@ -1,0 +1,120 @@
+"""What the project knows of an op: its meaning, its checks, its shapes, its gradient."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """How autograd asks for an op's gradient.
+
+    `of` names the arguments that have one, in the order in which `call(grads, arguments, outputs, needs)`
+    gives them: `grads` of the outputs (None where unused), the op's `arguments` and `outputs`, and by name
+    whether each gradient is needed. An absent one is an empty tensor.
+    """
+
+    of: tuple[str, ...]
+    call: Callable[
+        [tuple[Tensor | None, ...], Arguments, tuple[Tensor, ...], dict[str, bool]], tuple[Tensor, ...]
+    ]
+    # Outputs that backward needs and nobody may differentiate, by index.
+    constants: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of the namespace `attnrec`. Its schema, in csrc/library.cpp, is the signature of `reference`."""
+
+    name: str
+    reference: Callable[..., Any]
+    check: Callable[..., None]  # check(values, **arguments)
+    fake: Callable[..., Any]  # results without values, for tracing
+    autocast: Callable[[Arguments, torch.dtype], Arguments] | None = None
+    gradient: Gradient | None = None  # None: forward only
+    names: tuple[str, ...] = field(init=False)
+    positional: int = field(init=False)
+    defaults: Arguments = field(init=False)
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.reference).parameters.values()
+        fill = object.__setattr__  # the dataclass is frozen
+        fill(self, "names", tuple(p.name for p in parameters))
+        fill(self, "positional", sum(p.kind is not p.KEYWORD_ONLY for p in parameters))
+        fill(self, "defaults", {p.name: p.default for p in parameters if p.default is not p.empty})
+
+    def bind(self, args: tuple[Any, ...], kwargs: Arguments) -> Arguments:
+        """All arguments by name, in the schema's order; the dispatcher leaves out those at their default."""
+        given = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
+        return {name: given[name] for name in self.names}
+
+    def split(self, arguments: Arguments) -> tuple[tuple[Any, ...], Arguments]:
+        """Positional and keyword arguments of the schema."""
+        values = [arguments[name] for name in self.names]
+        return tuple(values[: self.positional]), dict(
+            zip(self.names[self.positional :], values[self.positional :], strict=True)
+        )
+
+
+def device_of(arguments: Arguments) -> torch.device:
+    """The device of a call: that of its first tensor."""
+    return next(x.device for x in arguments.values() if isinstance(x, Tensor))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of log-sum-exp, losses and scores."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def casts(*names: str) -> Callable[[Arguments, torch.dtype], Arguments]:
+    """Under autocast these arguments take its dtype; float64 stays, as in torch's own ops."""
+
+    def autocast(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+        def cast(x: Tensor | None) -> Tensor | None:
+            keep = not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64
+            return x if keep else x.to(dtype)
+
+        return arguments | {name: cast(arguments[name]) for name in names}
+
+    return autocast
+
+
+def gradients_by_autograd(
+    reference: Callable[..., Any],
+    of: tuple[str, ...],
+    arguments: Arguments,
+    grads: tuple[Tensor | None, ...],
+) -> tuple[Tensor, ...]:
+    """The reference's gradients: the forward pass again, then PyTorch's autograd."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in of if arguments[name] is not None}
+    with torch.enable_grad():
+        result = reference(**(arguments | leaves))
+        outputs = result if isinstance(result, tuple) else (result,)
+        # An output that depends on nothing (a batch without rows) has no gradient to give.
+        used = [
+            (out, grad)
+            for out, grad in zip(outputs, grads, strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        found = (
+            torch.autograd.grad(
+                [out for out, _ in used],
+                list(leaves.values()),
+                [grad for _, grad in used],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            if used
+            else [torch.zeros_like(x) for x in leaves.values()]
+        )
+    by_name = dict(zip(leaves, found, strict=True))
+    first = next(iter(leaves.values()))
+    return tuple(
+        by_name[name].contiguous() if name in by_name else first.new_empty(0).detach() for name in of
+    )

@@ -1,0 +1,746 @@
+"""`FusedMultiHeadAttention` against `torch.nn.MultiheadAttention`."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close_to_reference, make_offsets
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import attnrec
+from attnrec.nn import FusedMultiHeadAttention, fused, pytorch_path
+from attnrec.nn.projections import cost_of_projected_history, cost_of_raw_history, prefers_raw_history
+
+USERS, CANDIDATES, EVENTS, DIM, HEADS = 3, 5, 7, 32, 2
+INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings():
+    pytorch_path._told.clear()
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
+    """The arguments of each call of the fused kernels."""
+    calls = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return attnrec.target_attention(*args, **kwargs)
+
+    monkeypatch.setattr(fused, "target_attention", spy)
+    return calls
+
+
+@pytest.fixture
+def raw_history(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> bool:
+    """Forces the plan: attend over the raw history, or project it."""
+    monkeypatch.setattr(fused, "prefers_raw_history", lambda *_: request.param)
+    return request.param
+
+
+both_plans = pytest.mark.parametrize("raw_history", [False, True], indirect=True, ids=["projected", "raw"])
+
+
+def make_pair(
+    embed_dim: int = DIM, heads: int = HEADS, **arguments: Any
+) -> tuple[FusedMultiHeadAttention, nn.MultiheadAttention]:
+    """The fused module and torch's, with the same parameters, none of them zero."""
+    theirs = nn.MultiheadAttention(embed_dim, heads, **arguments)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+    ours = FusedMultiHeadAttention(embed_dim, heads, **arguments)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def results(
+    module: nn.Module, inputs: list[Tensor], same: str, look_at_weights: bool = True, **call: Any
+) -> dict[str, Tensor]:
+    """Output, weights, and all gradients of a random projection of both, or of the output alone."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    if same == "self":
+        query = key = value = leaves[0]
+    elif same == "shared":
+        query, key = leaves[:2]
+        value = key
+    else:
+        query, key, value = leaves
+    module.zero_grad()
+    output, weights = module(query, key, value, **call)
+    generator = torch.Generator().manual_seed(2)
+
+    def direction(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+
+    loss = (output * direction(output)).sum()
+    found = {"output": output}
+    if weights is not None and look_at_weights:
+        loss = loss + (weights * direction(weights)).sum()
+        found["weights"] = weights
+    loss.backward()
+    for name, x in zip(("query", "key", "value"), leaves, strict=False):
+        if x.grad is not None:
+            found[f"gradient of {name}"] = x.grad
+    for name, parameter in module.named_parameters():
+        found[f"gradient of {name}"] = parameter.grad
+    return found
+
+
+def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor], what: str = "") -> None:
+    assert got.keys() == wanted.keys()
+    for name, x in wanted.items():
+        torch.testing.assert_close(
+            got[name], x, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{what} {n}: {m}"
+        )
+
+
+# --- the grid of torch's arguments --------------------------------------------------------------------------
+
+
+def causal(candidates: int, events: int) -> Tensor:
+    return torch.ones(candidates, events, dtype=torch.bool).triu(1)
+
+
+def as_float(mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(mask, -INF)
+
+
+def make_masks(kind: str, users: int, candidates: int, events: int) -> dict[str, Any]:
+    """Masks that show every query something, each of them with its own kind of tail, hole or value."""
+    padding = torch.zeros(users, events, dtype=torch.bool)
+    padding[0, 3:], padding[-1, 1:3] = True, True
+    anything = torch.rand(users * HEADS, candidates, events) < 0.3
+    anything[..., 0] = False
+    heads_alike = causal(candidates, events).repeat(users * HEADS, 1, 1)
+    heads_alike[:HEADS, :, 2:] = True
+    return {
+        "none": {},
+        "padding": {"key_padding_mask": padding},
+        "padding_none_hidden": {"key_padding_mask": torch.zeros_like(padding)},
+        "padding_float": {"key_padding_mask": as_float(padding)},
+        "padding_bias": {"key_padding_mask": as_float(padding) + torch.randn(users, events).double()},
+        "causal": {"attn_mask": causal(candidates, events)},
+        "causal_float_hint": {"attn_mask": as_float(causal(candidates, events)), "is_causal": True},
+        "causal_padding": {
+            "attn_mask": as_float(causal(candidates, events)),
+            "key_padding_mask": as_float(padding),
+        },
+        "prefixes_3d": {"attn_mask": heads_alike},
+        "any_2d": {"attn_mask": anything[0]},
+        "any_3d": {"attn_mask": anything},
+        "bias_2d": {"attn_mask": torch.randn(candidates, events).double()},
+        "bias_3d_padding": {
+            "attn_mask": torch.randn(anything.shape).double(),
+            "key_padding_mask": as_float(padding),
+        },
+    }[kind]
+
+
+MASKS = [
+    "none",
+    "padding",
+    "padding_none_hidden",
+    "padding_float",
+    "padding_bias",
+    "causal",
+    "causal_float_hint",
+    "causal_padding",
+    "prefixes_3d",
+]
+MASKS_OF_PYTORCH = ["any_2d", "any_3d", "bias_2d", "bias_3d_padding"]
+
+
+@pytest.mark.parametrize("batch", ["batch_first", "sequence_first", "unbatched"])
+@pytest.mark.parametrize("same", ["self", "shared", "apart"])
+@pytest.mark.parametrize("masks", MASKS + MASKS_OF_PYTORCH)
+@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
+def test_grid(masks: str, same: str, batch: str, fused_calls: list) -> None:
+    """Results and gradients for every combination of torch's arguments, in float64."""
+    users = 1 if batch == "unbatched" else USERS
+    candidates, events = (EVENTS, EVENTS) if same == "self" else (CANDIDATES, EVENTS)
+    widths = [{}] if same == "self" else [{}, {"kdim": 24, "vdim": 24}]
+    if same == "apart":
+        widths.append({"kdim": 12, "vdim": 20})
+    call = make_masks(masks, users, candidates, events)
+    runs = 0
+    for width, bias, bias_kv, zero, (need, average) in itertools.product(
+        widths,
+        [True, False],
+        [False, True],
+        [False, True],
+        [(True, True), (True, False), (False, True)],
+    ):
+        arguments = {"bias": bias, "add_bias_kv": bias_kv, "add_zero_attn": zero, **width}
+        arguments |= {"batch_first": batch == "batch_first", "dtype": torch.float64}
+        ours, theirs = make_pair(**arguments)
+        ours.train(runs % 2 == 0), theirs.train(runs % 2 == 0)
+        shapes = [(users, n, d) for n, d in ((candidates, DIM), (events, ours.kdim), (events, ours.vdim))]
+        inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+        if batch != "batch_first":
+            inputs = [x.squeeze(0) if batch == "unbatched" else x.transpose(0, 1) for x in inputs]
+        given = dict(call)
+        if batch == "unbatched" and "key_padding_mask" in given:
+            given["key_padding_mask"] = given["key_padding_mask"][0]
+        given |= {"average_attn_weights": average}
+        # Torch with weights is the one that counts: without, its causal hint hides the added columns.
+        wanted = results(theirs, inputs, same, look_at_weights=need, **given)
+        got = results(ours, inputs, same, look_at_weights=need, need_weights=need, **given)
+        assert_same(got, wanted, f"{arguments} need_weights={need}")
+        runs += 1
+    assert len(fused_calls) == (0 if masks in MASKS_OF_PYTORCH else runs)
+
+
+@both_plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masks", ["none", "padding", "causal"])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_low_precision(masks: str, dtype: torch.dtype, need_weights: bool, raw_history: bool) -> None:
+    """Not further from float64 than torch's module in the same dtype, by a factor of 2 (gradients 3)."""
+    users, candidates, events = 4, 33, 65
+    ours, theirs = make_pair(64, 4, dtype=dtype, batch_first=True, add_bias_kv=not raw_history)
+    exact = copy.deepcopy(theirs).double()
+    inputs = [torch.randn(users, n, 64).to(dtype) for n in (candidates, events, events)]
+    call = {**make_masks(masks, users, candidates, events), "need_weights": need_weights}
+    got, plain = (results(module, inputs, "apart", **call) for module in (ours, theirs))
+    wanted = results(exact, [x.double() for x in inputs], "apart", **call)
+    for name, x in wanted.items():
+        # What rounds on the way are sums of several roundings, of which a rounding step of the result is one.
+        factor = 3.0 if name.startswith("gradient") else 2.0
+        assert_close_to_reference(got[name], plain[name], x, factor=factor, what=name)
+
+
+@given(
+    users=st.integers(0, 4),
+    candidates=st.integers(0, 9),
+    events=st.integers(0, 20),
+    heads=st.sampled_from([1, 2, 4]),
+    padded=st.booleans(),
+    prefixes=st.booleans(),
+    need_weights=st.booleans(),
+)
+def test_any_shape(
+    users: int, candidates: int, events: int, heads: int, padded: bool, prefixes: bool, need_weights: bool
+) -> None:
+    """Empty batches and histories too. A query that sees nothing gets the output projection of zeros."""
+    ours, theirs = make_pair(32, heads, batch_first=True, dtype=torch.float64)
+    inputs = [torch.randn(users, n, 32, dtype=torch.float64) for n in (candidates, events, events)]
+    call: dict[str, Any] = {"need_weights": need_weights}
+    hidden = torch.zeros(users, candidates, events, dtype=torch.bool)
+    if padded:
+        call["key_padding_mask"] = torch.rand(users, events) < 0.5
+        hidden |= call["key_padding_mask"][:, None]
+    if prefixes:
+        call["attn_mask"] = torch.arange(events) >= torch.randint(0, events + 1, (candidates, 1))
+        hidden |= call["attn_mask"]
+    output, weights = ours(*inputs, **call)
+    assert output.shape == (users, candidates, 32)
+    empty = hidden.all(-1)
+    torch.testing.assert_close(output[empty], theirs.out_proj.bias.expand(int(empty.sum()), -1))
+    if not need_weights:
+        assert weights is None
+    elif users and candidates:
+        torch.testing.assert_close(weights.sum(-1), (~empty).double())
+    if users and candidates and events:
+        wanted, wanted_weights = theirs(*inputs, **call | {"need_weights": True})
+        torch.testing.assert_close(output[~empty], wanted[~empty])
+        if need_weights:
+            torch.testing.assert_close(weights[~empty], wanted_weights[~empty])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masks", ["padding", "any"])
+@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
+def test_query_that_sees_nothing(masks: str, need_weights: bool) -> None:
+    """It gets the output projection of zeros, zero weights and finite gradients, on both paths."""
+    ours, _ = make_pair(batch_first=True)
+    query, history = torch.randn(2, 4, DIM, requires_grad=True), torch.randn(2, 6, DIM, requires_grad=True)
+    if masks == "padding":
+        call = {"key_padding_mask": torch.tensor([[False] * 6, [True] * 6])}
+        empty = torch.tensor([[False] * 4, [True] * 4])
+    else:
+        mask = torch.rand(2 * HEADS, 4, 6) < 0.3
+        mask[:, :, 0], mask[:, :, 1] = False, True
+        mask[HEADS:, 2] = True
+        call = {"attn_mask": mask}
+        empty = torch.tensor([[False] * 4, [False, False, True, False]])
+    output, weights = ours(query, history, history, need_weights=need_weights, **call)
+    torch.testing.assert_close(output[empty], ours.out_proj.bias.expand(int(empty.sum()), -1))
+    if need_weights:
+        assert (weights[empty] == 0).all()
+        assert (weights[~empty] > 0).any()
+    output.sum().backward()
+    for x in (query.grad, history.grad, *(p.grad for p in ours.parameters())):
+        assert x.isfinite().all()
+    assert (query.grad[empty] == 0).all()
+    assert (query.grad[~empty] != 0).any()
+
+
+@both_plans
+def test_padding_is_never_computed_with(raw_history: bool, fused_calls: list) -> None:
+    """Only the real events reach the kernels, and a NaN in the padding reaches nothing."""
+    ours, theirs = make_pair(batch_first=True)
+    query, history = torch.randn(USERS, CANDIDATES, DIM), torch.randn(USERS, EVENTS, DIM)
+    hidden = torch.tensor([[False] * 7, [True] * 4 + [False] * 3, [False] * 2 + [True] * 5])
+    wanted, wanted_weights = theirs(query, history, history, key_padding_mask=hidden)
+    history[hidden] = torch.nan
+    history.requires_grad_()
+    output, weights = ours(query, history, history, key_padding_mask=hidden)
+    torch.testing.assert_close(output, wanted)
+    torch.testing.assert_close(weights, wanted_weights)
+    (output.sum() + weights.square().sum()).backward()
+    assert (history.grad[hidden] == 0).all()
+    assert history.grad[~hidden].isfinite().all()
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+    assert fused_calls[0][1].shape[0] == int((~hidden).sum())
+
+
+def test_gradient_of_a_float_mask() -> None:
+    """A learned bias per event gets torch's gradient."""
+    ours, theirs = make_pair(batch_first=True, dtype=torch.float64)
+    query, history = (torch.randn(USERS, n, DIM, dtype=torch.float64) for n in (CANDIDATES, EVENTS))
+    grads = []
+    for module in (ours, theirs):
+        bias = torch.linspace(-1, 1, USERS * EVENTS, dtype=torch.float64).view(USERS, EVENTS)
+        bias = bias.masked_fill(bias > 0.9, -INF).requires_grad_()
+        output, weights = module(query, history, history, key_padding_mask=bias)
+        (output.sin().sum() + weights.sin().sum()).backward()
+        grads.append(bias.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_a_wrong_causal_hint_is_not_believed() -> None:
+    ours, theirs = make_pair(batch_first=True)
+    query, history = torch.randn(2, 3, DIM), torch.randn(2, 5, DIM)
+    mask = torch.arange(5) >= torch.tensor([[5], [1], [3]])
+    got, _ = ours(query, history, history, attn_mask=mask, is_causal=True, need_weights=False)
+    torch.testing.assert_close(got, theirs(query, history, history, attn_mask=mask)[0])
+
+
+def test_eval_without_gradients_as_torchs_fast_path() -> None:
+    """Torch computes this in a kernel of its own."""
+    ours, theirs = make_pair(batch_first=True)
+    ours.eval(), theirs.eval()
+    x, hidden = torch.randn(USERS, EVENTS, DIM), torch.rand(USERS, EVENTS) < 0.4
+    hidden[:, 2] = False
+    with torch.inference_mode():
+        for call in ({}, {"key_padding_mask": hidden}, {"attn_mask": causal(EVENTS, EVENTS)}):
+            for average in (True, False):
+                got = ours(x, x, x, average_attn_weights=average, **call)
+                wanted = theirs(x, x, x, average_attn_weights=average, **call)
+                torch.testing.assert_close(got, wanted)
+
+
+# --- what it projects ---------------------------------------------------------------------------------------
+
+
+@both_plans
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("same", ["shared", "apart"])
+@pytest.mark.parametrize("masks", ["none", "padding", "padding_bias", "causal_padding"])
+def test_both_plans_agree(masks: str, same: str, bias: bool, raw_history: bool, fused_calls: list) -> None:
+    ours, theirs = make_pair(bias=bias, kdim=24, vdim=24, dtype=torch.float64, batch_first=True)
+    shapes = [(CANDIDATES, DIM), (EVENTS, 24), (EVENTS, 24)]
+    inputs = [torch.randn(USERS, *shape, dtype=torch.float64) for shape in shapes]
+    call = make_masks(masks, USERS, CANDIDATES, EVENTS)
+    assert_same(results(ours, inputs, same, **call), results(theirs, inputs, same, **call))
+    key = fused_calls[0][1]
+    assert key.shape[1:] == ((1, 24) if raw_history else (HEADS, DIM // HEADS))
+
+
+@both_plans
+def test_empty_history_has_no_value_bias(raw_history: bool) -> None:
+    ours, _ = make_pair()
+    rows = torch.randn(4, DIM), torch.randn(3, DIM), torch.randn(3, DIM)
+    output, _ = ours(*rows, q_offsets=make_offsets([2, 2]), kv_offsets=make_offsets([0, 3]))
+    torch.testing.assert_close(output[:2], ours.out_proj.bias.expand(2, -1))
+    assert not torch.allclose(output[2:], ours.out_proj.bias.expand(2, -1))
+
+
+def test_the_counts_decide_the_plan(fused_calls: list) -> None:
+    """One candidate and a long history attend over the raw history; many candidates project it once."""
+    # 64 events of 64 features and 1 candidate with 4 heads, by hand: 2 * 64 * 128 * 64 + 4 * 64 * 64
+    # operations and 64 * (128 + 256) * 4 bytes, against 4 * 64 * 64 + 4 * 64 * 4 * 64 operations and
+    # (2 * 64 * 64 + 4 * 4 * 64) * 4 bytes.
+    assert cost_of_projected_history(64, 64, 64, 64, 64, 4) == 1_064_960 + 5 * 98_304
+    assert cost_of_raw_history(1, 64, 64, 64, 4, 64, 4) == 81_920 + 5 * 36_864
+    assert prefers_raw_history(1, 64, 64, 64, 4, 64, 64, 4)
+    assert not prefers_raw_history(100, 64, 6_400, 64, 4, 64, 64, 4)
+    assert not prefers_raw_history(1, 64, 64, 64, 4, 64, 32, 4), "keys and values of different widths"
+    assert not prefers_raw_history(1, 64, 64, 512, 4, 512, 512, 4), "wider than a head may be"
+    ours, theirs = make_pair(64, 4, batch_first=True)
+    history = torch.randn(2, 64, 64)
+    for candidates, heads_of_key in ((1, 1), (100, 4)):
+        query = torch.randn(2, candidates, 64)
+        got, _ = ours(query, history, history, need_weights=False)
+        torch.testing.assert_close(got, theirs(query, history, history)[0])
+        assert fused_calls[-1][1].shape[1] == heads_of_key
+    extended = FusedMultiHeadAttention(64, 4, batch_first=True, add_zero_attn=True)
+    extended(history[:, :1], history, history)
+    assert fused_calls[-1][1].shape[1] == 4, "the key's bias does not cancel against the added key"
+
+
+def test_self_attention_is_one_projection(fused_calls: list) -> None:
+    """Queries, keys and values are views of one product, not copies."""
+    ours, _ = make_pair(batch_first=True)
+    x = torch.randn(USERS, EVENTS, DIM)
+    ours(x, x, x, need_weights=False)
+    storages = {x.untyped_storage().data_ptr() for x in fused_calls[0][:3]}
+    assert len(storages) == 1
+    assert {x.stride(0) for x in fused_calls[0][:3]} == {3 * DIM}
+
+
+# --- parameters and state -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kdim": 24, "vdim": 12}, {"add_bias_kv": True}, {"bias": False}])
+def test_same_seed_same_weights(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(5)
+    theirs = nn.MultiheadAttention(DIM, HEADS, **arguments)
+    torch.manual_seed(5)
+    ours = FusedMultiHeadAttention(DIM, HEADS, **arguments)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for name, x in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], x), name
+    torch.manual_seed(5)
+    ours._reset_parameters()
+    assert torch.equal(ours.state_dict()[name], x)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+
+def test_takes_torchs_arguments_by_position() -> None:
+    ours = FusedMultiHeadAttention(32, 4, 0.1, False, True, True, 16, 24, True, "cpu", torch.float64)
+    theirs = nn.MultiheadAttention(32, 4, 0.1, False, True, True, 16, 24, True, "cpu", torch.float64)
+    for name in ("dropout", "add_zero_attn", "kdim", "vdim", "batch_first", "num_heads", "head_dim"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    assert {n: (p.shape, p.dtype) for n, p in ours.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in theirs.named_parameters()
+    }
+
+
+class FourLinears(nn.Module):
+    """The attention that many recommenders write by hand."""
+
+    def __init__(self, dim: int, num_heads: int, kdim: int | None = None, bias: bool = True) -> None:
+        super().__init__()
+        self.heads = num_heads
+        self.query, self.out = nn.Linear(dim, dim, bias), nn.Linear(dim, dim, bias)
+        self.key, self.value = (nn.Linear(kdim or dim, dim, bias) for _ in range(2))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for f, x in ((self.query, query), (self.key, key), (self.value, value))
+        )
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kdim": 24}, {"bias": False}])
+def test_loads_four_linears(arguments: dict[str, Any]) -> None:
+    by_hand = FourLinears(DIM, HEADS, **arguments)
+    widths = {"vdim": arguments["kdim"]} if "kdim" in arguments else {}
+    ours = FusedMultiHeadAttention(DIM, HEADS, batch_first=True, **arguments, **widths)
+    nested = nn.ModuleDict({"attention": ours})
+    nested.load_state_dict({f"attention.{name}": x for name, x in by_hand.state_dict().items()})
+    query, history = torch.randn(2, 3, DIM), torch.randn(2, 5, arguments.get("kdim", DIM))
+    got = ours(query, history, history, average_attn_weights=False)
+    torch.testing.assert_close(got, by_hand(query, history, history))
+
+
+def test_four_linears_with_a_part_missing() -> None:
+    state = FourLinears(DIM, HEADS).state_dict()
+    del state["key.weight"]
+    with pytest.raises(RuntimeError, match="in_proj_weight"):
+        FusedMultiHeadAttention(DIM, HEADS).load_state_dict(state)
+
+
+def test_copies_and_moves() -> None:
+    ours, _ = make_pair(batch_first=True, add_bias_kv=True)
+    ours.eval()
+    x = torch.randn(USERS, EVENTS, DIM)
+    wanted = ours(x, x, x)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), loaded):
+        assert type(other) is FusedMultiHeadAttention
+        assert not other.training
+        torch.testing.assert_close(other(x, x, x), wanted, rtol=0, atol=0)
+    wide = copy.deepcopy(ours).to(torch.float64)
+    torch.testing.assert_close(wide(*[x.double()] * 3)[0].float(), wanted[0])
+    on_meta = copy.deepcopy(ours).to("meta")
+    assert on_meta.bias_k.device.type == "meta"
+
+
+# --- jagged input -------------------------------------------------------------------------------------------
+
+
+C_LENGTHS, L_LENGTHS = [2, 0, 3, 1], [5, 4, 0, 7]
+
+
+def packed_batch(same: str = "shared") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    lengths = [L_LENGTHS if same == "self" else C_LENGTHS, L_LENGTHS, L_LENGTHS]
+    return [torch.randn(sum(n), DIM, generator=generator, dtype=torch.float64) for n in lengths]
+
+
+def user_by_user(
+    module: nn.MultiheadAttention, parts: list[tuple[Tensor, Tensor, Tensor]], masks: list[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Torch's module on one user after the other: outputs, and weights per head in the packed form."""
+    outputs, weights = [], []
+    for (q, k, v), mask in zip(parts, masks, strict=True):
+        if len(q) == 0:
+            continue
+        if len(k) == 0 and module.bias_k is None and not module.add_zero_attn:
+            outputs.append(module.out_proj(q * 0))
+            continue
+        out, w = module(q, k, v, attn_mask=mask, average_attn_weights=False)
+        outputs.append(out)
+        weights.append(w[..., : len(k)].permute(1, 2, 0).reshape(-1, module.num_heads))
+    return torch.cat(outputs), torch.cat(weights)
+
+
+@pytest.mark.parametrize("index", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("extra", ["plain", "causal", "visible", "kv_lengths"])
+@pytest.mark.parametrize("same", ["self", "shared", "apart"])
+@pytest.mark.parametrize("path", ["fused", "pytorch"])
+@pytest.mark.parametrize("added", [False, True], ids=["", "added"])
+@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
+def test_packed(added: bool, path: str, same: str, extra: str, index: torch.dtype, fused_calls: list) -> None:
+    ours, theirs = make_pair(add_bias_kv=added, add_zero_attn=added, dtype=torch.float64)
+    if path == "pytorch":
+        ours.dropout = 1e-12  # drops nothing, but no fused kernel could
+    leaves = [x.requires_grad_() for x in packed_batch(same)]
+    if same == "self":
+        leaves = [leaves[0]] * 3
+    elif same == "shared":
+        leaves[2] = leaves[1]
+    lengths = (L_LENGTHS if same == "self" else C_LENGTHS), L_LENGTHS
+    call: dict[str, Any] = {"q_offsets": make_offsets(lengths[0], index)}
+    if same != "self":
+        call["kv_offsets"] = make_offsets(lengths[1], index)
+    masks: list[Tensor | None] = [None] * len(lengths[0])
+    shown = list(lengths[1])
+    if extra == "causal":
+        call["is_causal"] = True
+        masks = [causal(c, n) for c, n in zip(*lengths, strict=True)]
+    elif extra == "visible":
+        rooms = [n for c, n in zip(*lengths, strict=True) for _ in range(c)]
+        call["visible"] = torch.tensor([min(1 + i % 3, n) for i, n in enumerate(rooms)], dtype=index)
+        masks = [
+            torch.arange(n) >= v.unsqueeze(1)
+            for n, v in zip(lengths[1], call["visible"].split(list(lengths[0])), strict=True)
+        ]
+    elif extra == "kv_lengths":
+        shown = [5, 1, 0, 3]
+        call["kv_lengths"] = torch.tensor(shown, dtype=index)
+
+    output, (weights, offsets) = ours(*leaves, average_attn_weights=False, **call)
+    assert len(fused_calls) == (path == "fused")
+    assert offsets.tolist() == make_offsets([c * n for c, n in zip(*lengths, strict=True)]).tolist()
+    split = [x.split(list(n)) for x, n in zip(leaves, (lengths[0], lengths[1], lengths[1]), strict=True)]
+    parts = [(q, k[:n], v[:n]) for q, k, v, n in zip(*split, shown, strict=True)]
+    wanted, wanted_weights = user_by_user(theirs, parts, masks)
+    torch.testing.assert_close(output, wanted)
+    room = torch.cat([(torch.arange(n) < s).repeat(c) for c, n, s in zip(*lengths, shown, strict=True)])
+    torch.testing.assert_close(weights[room], wanted_weights)
+    assert (weights[~room] == 0).all()
+    averaged, without = ours(*leaves, **call)[1][0], ours(*leaves, need_weights=False, **call)[1]
+    torch.testing.assert_close(averaged, weights.mean(1))
+    assert without is None
+
+    distinct = list({id(x): x for x in leaves}.values())
+    grads = [
+        torch.autograd.grad(a.sin().sum() + b.sin().sum(), [*distinct, *module.parameters()])
+        for a, b, module in ((output, weights[room], ours), (wanted, wanted_weights, theirs))
+    ]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.parametrize("same", ["self", "apart"])
+@pytest.mark.parametrize("path", ["fused", "pytorch"])
+@pytest.mark.parametrize("added", [False, True], ids=["", "added"])
+@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
+def test_nested(added: bool, path: str, same: str, layout: torch.layout, fused_calls: list) -> None:
+    """Answers in the form it is given; weights are padded with zeros, as torch's are."""
+    ours, theirs = make_pair(add_bias_kv=added, add_zero_attn=added, dtype=torch.float64, batch_first=True)
+    if path == "pytorch":
+        ours.dropout = 1e-12
+    lengths = [L_LENGTHS if same == "self" else C_LENGTHS, L_LENGTHS, L_LENGTHS]
+    parts = [list(x.split(n)) for x, n in zip(packed_batch(same), lengths, strict=True)]
+    inputs = [torch.nested.nested_tensor(x, layout=layout, requires_grad=True) for x in parts]
+    if same == "self":
+        inputs, parts = [inputs[0]] * 3, [parts[0]] * 3
+    output, weights = ours(*inputs, average_attn_weights=False)
+    assert len(fused_calls) == (path == "fused")
+    assert output.is_nested
+    assert output.layout == layout
+    assert weights.shape == (4, HEADS, max(lengths[0]), max(L_LENGTHS) + 2 * added)
+    for user, (q, k, v) in enumerate(zip(*parts, strict=True)):
+        if len(q) and (len(k) or added):
+            wanted, wanted_weights = theirs(q, k, v, average_attn_weights=False)
+            torch.testing.assert_close(output[user], wanted)
+            of_user = torch.cat(
+                [weights[user, :, : len(q), : len(k)], weights[user, :, : len(q), max(L_LENGTHS) :]], -1
+            )
+            torch.testing.assert_close(of_user, wanted_weights)
+            torch.testing.assert_close(weights[user].sum(), wanted_weights.sum())
+        else:
+            assert (weights[user] == 0).all()
+    torch.testing.assert_close(ours(*inputs)[1], weights.mean(1))
+    (output + output)  # the result can be added to a residual of the same form
+    if same == "self":
+        (output + inputs[0])
+    loss = sum(x.sin().sum() for x in output.unbind())
+    loss.backward()
+    assert inputs[0].grad.is_nested
+    leaves = [[x.detach().clone().requires_grad_() for x in part] for part in parts]
+    if same == "self":
+        leaves = [leaves[0]] * 3
+    loss = 0
+    for q, k, v in zip(*leaves, strict=True):
+        if len(q) and (len(k) or added):
+            loss = loss + theirs(q, k, v)[0].sin().sum()
+    loss.backward()
+    for got, x in zip(inputs[0].grad.unbind(), leaves[0], strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(x) if x.grad is None else x.grad)
+
+
+def test_nested_causal_and_narrowed() -> None:
+    ours, theirs = make_pair(dtype=torch.float64)
+    x = torch.randn(3, 6, DIM, dtype=torch.float64)
+    lengths = torch.tensor([6, 2, 3])
+    narrowed = torch.nested.narrow(x, 1, torch.tensor([0, 1, 2]), lengths, layout=torch.jagged)
+    output, _ = ours(narrowed, narrowed, narrowed, is_causal=True, need_weights=False)
+    for user, (start, n) in enumerate(zip([0, 1, 2], lengths.tolist(), strict=True)):
+        part = x[user, start : start + n]
+        torch.testing.assert_close(output[user], theirs(part, part, part, attn_mask=causal(n, n))[0])
+
+
+# --- PyTorch's path -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
+def test_dropout_draws_as_torch(need_weights: bool, fused_calls: list) -> None:
+    ours, theirs = make_pair(dropout=0.4, batch_first=True)
+    query, history = torch.randn(USERS, CANDIDATES, DIM), torch.randn(USERS, EVENTS, DIM)
+    hidden = torch.arange(EVENTS) >= torch.tensor([[7], [3], [5]])
+    drawn = []
+    for module in (ours, theirs):
+        torch.manual_seed(11)
+        drawn.append(module(query, history, history, key_padding_mask=hidden, need_weights=need_weights))
+    torch.testing.assert_close(*drawn)
+    assert not fused_calls
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(query, history, history), theirs(query, history, history))
+    assert len(fused_calls) == 1
+
+
+def test_says_once_what_is_not_fused() -> None:
+    ours, _ = make_pair(batch_first=True, dropout=0.1)
+    x = torch.randn(2, 4, DIM)
+    small = FusedMultiHeadAttention(8, 2)
+
+    def messages(module: nn.Module, *inputs: Tensor, **call: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                module(*inputs, **call)
+        return [str(warning.message) for warning in caught]
+
+    assert len(told := messages(ours, x, x, x)) == 1
+    assert "dropped while training" in told[0]
+    ours.eval()
+    assert not messages(ours, x, x, x)
+    assert len(told := messages(ours, x, x, x, attn_mask=torch.randn(4, 4))) == 1
+    assert "attn_mask" in told[0]
+    assert len(told := messages(small, *[x[..., :8]] * 3)) == 1
+    assert "head dim 4" in told[0]
+
+
+@pytest.mark.parametrize("embed_dim", [4, 514])
+@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
+def test_head_dims_of_pytorch(embed_dim: int) -> None:
+    ours, theirs = make_pair(embed_dim, 2, dtype=torch.float64)
+    inputs = [torch.randn(3, 2, embed_dim, dtype=torch.float64) for _ in range(3)]
+    assert_same(results(ours, inputs, "shared"), results(theirs, inputs, "shared"))
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+
+def test_errors_name_the_argument() -> None:
+    ours = FusedMultiHeadAttention(DIM, HEADS, kdim=24, vdim=12, batch_first=True)
+    q, k, v = torch.randn(2, 3, DIM), torch.randn(2, 5, 24), torch.randn(2, 5, 12)
+    rows = q[0], k[0], v[0]
+    offsets = {"q_offsets": make_offsets([3]), "kv_offsets": make_offsets([5])}
+    nested = [torch.nested.nested_tensor(list(x), layout=torch.jagged) for x in (q, k, v)]
+    cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
+        (ValueError, "query must be 3-D", (q[None], k, v), {}),
+        (ValueError, "query must have 32 features", (k, k, v), {}),
+        (ValueError, "key must be 3-D", (q, k[0], v), {}),
+        (ValueError, "key must have 24 features", (q, v, v), {}),
+        (ValueError, "key must have query's batch size 2, got 1", (q, k[:1], v[:1]), {}),
+        (ValueError, "value must have 12 features", (q, k, k), {}),
+        (ValueError, "value must have as many rows as key", (q, k, v[:, 1:]), {}),
+        (
+            ValueError,
+            r"key_padding_mask must have shape \(2, 5\)",
+            (q, k, v),
+            {"key_padding_mask": causal(2, 4)},
+        ),
+        (
+            TypeError,
+            "key_padding_mask must be boolean",
+            (q, k, v),
+            {"key_padding_mask": torch.ones(2, 5).int()},
+        ),
+        (
+            ValueError,
+            r"attn_mask must have shape \(3, 5\) or \(4, 3, 5\)",
+            (q, k, v),
+            {"attn_mask": causal(5, 3)},
+        ),
+        (TypeError, "attn_mask must be boolean", (q, k, v), {"attn_mask": torch.ones(3, 5).long()}),
+        (RuntimeError, "attn_mask, which is missing", (q, k, v), {"is_causal": True}),
+        (ValueError, "visible goes with packed", (q, k, v), {"visible": torch.ones(6).long()}),
+        (ValueError, "kv_lengths goes with packed", (q, k, v), {"kv_lengths": torch.ones(2).long()}),
+        (ValueError, "kv_offsets is missing", rows, {"q_offsets": offsets["q_offsets"]}),
+        (ValueError, "q_offsets is missing", rows, {"kv_offsets": offsets["kv_offsets"]}),
+        (ValueError, "key must be packed", (rows[0], k, rows[2]), offsets),
+        (ValueError, "attn_mask goes with dense", rows, {**offsets, "attn_mask": causal(3, 5)}),
+        (
+            ValueError,
+            "is_causal and visible",
+            rows,
+            {**offsets, "is_causal": True, "visible": torch.ones(3).long()},
+        ),
+        (ValueError, "key must be nested", (nested[0], k, v), {}),
+        (ValueError, "key is nested", (q, nested[1], v), {}),
+        (ValueError, "go with packed input, got nested", tuple(nested), offsets),
+        (ValueError, "key_padding_mask goes with dense", tuple(nested), {"key_padding_mask": causal(2, 5)}),
+    ]
+    for error, message, inputs, call in cases:
+        with pytest.raises(error, match=message):
+            ours(*inputs, **call)
+    shorter = torch.nested.nested_tensor([v[0, 1:], v[1]], layout=torch.jagged)
+    with pytest.raises(ValueError, match="value must have as many rows"):
+        ours(nested[0], nested[1], shorter)

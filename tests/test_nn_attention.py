@@ -30,13 +30,13 @@ def forget_warnings():
 
 
 @pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
-    """The arguments of each call of the fused kernels."""
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of each call of the fused kernels, by name."""
     calls = []
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args)
-        return attnrec.target_attention(*args, **kwargs)
+    def spy(query: Tensor, key: Tensor, value: Tensor, *offsets: Tensor, **options: Any) -> Any:
+        calls.append({"query": query, "key": key, "value": value, **options})
+        return attnrec.target_attention(query, key, value, *offsets, **options)
 
     monkeypatch.setattr(fused, "target_attention", spy)
     return calls
@@ -303,7 +303,7 @@ def test_padding_is_never_computed_with(raw_history: bool, fused_calls: list) ->
     assert (history.grad[hidden] == 0).all()
     assert history.grad[~hidden].isfinite().all()
     assert all(p.grad.isfinite().all() for p in ours.parameters())
-    assert fused_calls[0][1].shape[0] == int((~hidden).sum())
+    assert fused_calls[0]["key"].shape[0] == int((~hidden).sum())
 
 
 def test_gradient_of_a_float_mask() -> None:
@@ -355,7 +355,7 @@ def test_both_plans_agree(masks: str, same: str, bias: bool, raw_history: bool, 
     inputs = [torch.randn(USERS, *shape, dtype=torch.float64) for shape in shapes]
     call = make_masks(masks, USERS, CANDIDATES, EVENTS)
     assert_same(results(ours, inputs, same, **call), results(theirs, inputs, same, **call))
-    key = fused_calls[0][1]
+    key = fused_calls[0]["key"]
     assert key.shape[1:] == ((1, 24) if raw_history else (HEADS, DIM // HEADS))
 
 
@@ -385,10 +385,10 @@ def test_the_counts_decide_the_plan(fused_calls: list) -> None:
         query = torch.randn(2, candidates, 64)
         got, _ = ours(query, history, history, need_weights=False)
         torch.testing.assert_close(got, theirs(query, history, history)[0])
-        assert fused_calls[-1][1].shape[1] == heads_of_key
+        assert fused_calls[-1]["key"].shape[1] == heads_of_key
     extended = FusedMultiHeadAttention(64, 4, batch_first=True, add_zero_attn=True)
     extended(history[:, :1], history, history)
-    assert fused_calls[-1][1].shape[1] == 4, "the key's bias does not cancel against the added key"
+    assert fused_calls[-1]["key"].shape[1] == 4, "the key's bias does not cancel against the added key"
 
 
 def test_self_attention_is_one_projection(fused_calls: list) -> None:
@@ -396,9 +396,18 @@ def test_self_attention_is_one_projection(fused_calls: list) -> None:
     ours, _ = make_pair(batch_first=True)
     x = torch.randn(USERS, EVENTS, DIM)
     ours(x, x, x, need_weights=False)
-    storages = {x.untyped_storage().data_ptr() for x in fused_calls[0][:3]}
-    assert len(storages) == 1
-    assert {x.stride(0) for x in fused_calls[0][:3]} == {3 * DIM}
+    views = [fused_calls[0][name] for name in ("query", "key", "value")]
+    assert len({x.untyped_storage().data_ptr() for x in views}) == 1
+    assert {x.stride(0) for x in views} == {3 * DIM}
+
+
+def test_a_float_mask_that_only_hides_is_no_bias(fused_calls: list) -> None:
+    """`nn.TransformerEncoderLayer` makes one of every boolean mask."""
+    ours, _ = make_pair(batch_first=True)
+    x = torch.randn(USERS, EVENTS, DIM)
+    for kind, has_bias in (("padding_float", False), ("padding_bias", True)):
+        ours(x, x, x, **make_masks(kind, USERS, EVENTS, EVENTS))
+        assert (fused_calls[-1]["key_bias"] is not None) == has_bias
 
 
 # --- parameters and state -----------------------------------------------------------------------------------
@@ -571,6 +580,19 @@ def test_packed(added: bool, path: str, same: str, extra: str, index: torch.dtyp
     ]
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+def test_room_is_not_computed_with() -> None:
+    """A NaN beyond `kv_lengths` reaches no output, weight or other row's gradient."""
+    ours, _ = make_pair()
+    query, history = torch.randn(2, DIM, requires_grad=True), torch.randn(6, DIM)
+    history[2], history[5] = torch.nan, torch.nan
+    history.requires_grad_()
+    call = {"q_offsets": make_offsets([1, 1]), "kv_offsets": make_offsets([3, 3])}
+    output, (weights, _) = ours(query, history, history, kv_lengths=torch.tensor([2, 2]), **call)
+    (output.sum() + weights.square().sum()).backward()
+    for x in (output, weights, query.grad, history.grad[[0, 1, 3, 4]]):
+        assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)

@@ -72,7 +72,7 @@ sanitize: env ## the ops' tests on kernels built with address and undefined-beha
 
 # All of csrc/cpu for another architecture, where no tier with intrinsics exists; torch's headers are the same there.
 CXX_AARCH64   ?= aarch64-linux-gnu-g++
-AARCH64_FLAGS := -std=c++20 -O2 -ffp-contract=off -Wall -Werror -Icsrc
+AARCH64_FLAGS := -std=c++20 -O2 -ffp-contract=off -fvisibility=hidden -Wall -Werror -Wno-psabi -Icsrc
 AARCH64       := $(patsubst csrc/%.cpp,build/aarch64/%.o,$(shell find csrc/cpu -name '*.cpp'))
 build/aarch64/%.o: csrc/%.cpp $(CXX_CODE)
 	@mkdir -p $(dir $@)

@@ -18,7 +18,15 @@ GIB_PER_JOB = 2.0
 # No -march: what needs more than the baseline sits in the tier files and is chosen at run time. No
 # contraction: a*b+c is fused where a kernel says so and nowhere else, so that every compiler gives the same
 # bits. These come after Python's own flags, which ask for -O2 or debug information on some systems.
-CXX_FLAGS = ("-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
+CXX_FLAGS = (
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",  # vectors wider than SSE's are passed between inlined functions only
+)
 SANITIZE_FLAGS = (
     "-O1",
     "-g1",

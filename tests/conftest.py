@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import attnrec
+from attnrec._extension import extension, reason
+
 # Shapes come from hypothesis. The first call of a shape may compile or page in, so no deadline; in CI the
 # same examples each time, so that a red run is repeated by running it again.
 settings.register_profile(
@@ -19,6 +22,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("attnrec")
+
+
+def pytest_configure(config):
+    """`make sanitize` must not pass because another attnrec than the instrumented one was tested."""
+    if os.environ.get("ATTNREC_EXPECT_SANITIZED") == "1":
+        flags = extension.build["flags"] if extension else reason
+        if "-fsanitize=address" not in flags:
+            pytest.exit(f"attnrec in {attnrec.__file__} is not built with sanitizers: {flags}", returncode=2)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -79,8 +79,13 @@ build/aarch64/%.o: csrc/%.cpp $(CXX_CODE)
 	$(CXX_AARCH64) $(AARCH64_FLAGS) -DTORCH_TARGET_VERSION=0x020b000000000000 \
 	  $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths as p; print(*["-isystem " + d for d in p()])') -c $< -o $@
 
-aarch64: $(VENV)/tools $(AARCH64) ## compile csrc/cpu for aarch64 (Debian: g++-aarch64-linux-gnu)
-	@test -n "$(AARCH64)"
+# The kernels need no torch, so that a program of them runs in an emulator.
+STANDALONE := build/aarch64/target_attention
+$(STANDALONE): tests/standalone/target_attention.cpp $(AARCH64)
+	$(CXX_AARCH64) $(AARCH64_FLAGS) -static $< $(filter build/aarch64/cpu/tiers/%,$(AARCH64)) -o $@
+
+aarch64: $(VENV)/tools $(STANDALONE) ## compile csrc/cpu for aarch64, run it in qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
+	@if command -v qemu-aarch64 >/dev/null; then qemu-aarch64 $(STANDALONE); else echo "compiled; not run: there is no qemu-aarch64"; fi
 
 demo: env ## environment, build, then the recommender on MovieLens-100k, into runs/demo
 	$(BIN)/python -m attnrec.recommender.demo --out runs/demo

@@ -24,6 +24,7 @@ struct Attention {
   int head_dim = 0, heads = 0, kv_heads = 0;
   int64_t users = 0;
   double scale = 1.0;
+  double units = 1.4426950408889634;  // of the scores: log2(e) makes exp an exp2; 1 leaves them as they are
   Vectors query, key, value, self_key, self_value;
   const int64_t* q_offsets = nullptr;   // [users + 1]
   const int64_t* kv_offsets = nullptr;  // [users + 1]
@@ -33,20 +34,20 @@ struct Attention {
   Element bias_element = Element::kFloat32;
   int64_t bias_row_stride = 0, bias_head_stride = 0;
 
-  int64_t events(int64_t user) const {
-    return kv_lengths ? kv_lengths[user] : kv_offsets[user + 1] - kv_offsets[user];
-  }
+  int64_t room(int64_t user) const { return kv_offsets[user + 1] - kv_offsets[user]; }
+  int64_t events(int64_t user) const { return kv_lengths ? kv_lengths[user] : room(user); }
 };
 
 // A piece of work that one thread does alone: `rows` rows of one user against the events of one key/value head.
-// A row is a (candidate, head) pair: row r is candidate `first + r / group`, head `head + r % group`. A unit never
-// splits events, and what a row gives does not depend on the unit that it is in.
+// A row is a (candidate, head) pair: row r is candidate `first + r / group`, head `head + r % group`. What a row gives
+// does not depend on the unit that it is in.
 struct Unit {
   int64_t user = 0;
   int64_t first = 0;  // candidate, counted over the batch
   int rows = 0;       // candidates of the unit times group
   int group = 1;      // query heads of the unit: those of one kv head, or one
   int head = 0, kv_head = 0;
+  int64_t first_event = 0, last_event = INT64_MAX;  // of the user's history; only the backward cuts it
 
   int64_t candidate(int row) const { return first + row / group; }
   int query_head(int row) const { return head + row % group; }

@@ -12,6 +12,7 @@ namespace attnrec::cpu {
 namespace {
 
 constexpr int kKeys = 128;  // events of a tile: rows x kKeys scores stay in L1
+constexpr int kPrefetchEvents = 32;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -96,6 +97,7 @@ void pack_panels(const void* data, Element element, int64_t stride, int n, int h
       typename V::Real* to = panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * head_dim + event % (2 * W);
       for (int d = 0; d < head_dim; d += W) {
         typename V::Reg r[W];
+        for (int i = 0; i < W; i++) __builtin_prefetch(from + (event + i + kPrefetchEvents) * stride + d);
         for (int i = 0; i < W; i++) {
           const bool seen = event + i < n && !(hide && hide[event + i] == -std::numeric_limits<float>::infinity());
           r[i] = seen ? load_part<V>(from + (event + i) * stride + d, head_dim - d) : V::zero();
@@ -116,7 +118,11 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
   const bool native = element == Element::kFloat32 || element == Element::kFloat64;
   if (native && !hide && !copy_anyway && head_dim % V::kWidth == 0) {
     *row_stride = stride;
-    return static_cast<const typename V::Real*>(data);
+    const auto* rows = static_cast<const typename V::Real*>(data);
+    for (int i = 0; i < n; i++) {
+      for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*rows))) __builtin_prefetch(rows + i * stride + d);
+    }
+    return rows;
   }
   const int width = padded<V>(head_dim);
   *row_stride = width;
@@ -241,9 +247,9 @@ ATTNREC_INLINE void interleave_row(const typename V::Real* row, int head_dim, in
   for (int d = 0; d < head_dim; d++) rows[d * V::kRows + r] = row[d];
 }
 
-// How many of its user's events a row sees.
+// How many of its user's events a row sees, of those up to the unit's last.
 inline int64_t seen_events(const Attention& a, const Unit& unit, int row) {
-  const int64_t events = a.events(unit.user);
+  const int64_t events = least(a.events(unit.user), unit.last_event);
   return a.visible ? least(events, a.visible[unit.candidate(row)]) : events;
 }
 
@@ -257,7 +263,7 @@ int packed_events(int rows, int head_dim) {
 }
 
 // A tile of scores as the readout gets it: row r of the block (row `first_row + r` of the unit) sees seen[r] of the
-// events first_event … + kKeys; scores[r * kKeys + i] is (scale · q·k + bias) · log2(e), and -inf where hidden, up to
+// events first_event … + kKeys; scores[r * kKeys + i] is (scale · q·k + bias) · units, and -inf where hidden, up to
 // the next whole register after seen[r]. The readout may overwrite the scores.
 template <class V>
 struct Tile {
@@ -270,11 +276,13 @@ struct Tile {
 
 template <class V>
 struct StreamScratch {
+  int span;  // events packed at once, a multiple of kKeys
   typename V::Real *panels, *bias, *row, *rows, *scores;
 
-  StreamScratch(Arena& arena, int unit_rows, int head_dim)
-      : panels(arena.take<typename V::Real>(static_cast<int64_t>(packed_events<V>(unit_rows, head_dim)) * head_dim)),
-        bias(arena.take<typename V::Real>(packed_events<V>(unit_rows, head_dim))),
+  StreamScratch(Arena& arena, int packed, int head_dim)
+      : span(packed),
+        panels(arena.take<typename V::Real>(static_cast<int64_t>(span) * head_dim)),
+        bias(arena.take<typename V::Real>(span)),
         row(arena.take<typename V::Real>(padded<V>(head_dim))),
         rows(arena.take<typename V::Real>(V::kRows * head_dim)),
         scores(arena.take<typename V::Real>(V::kRows * kKeys)) {}
@@ -286,20 +294,20 @@ template <class V, class Readout>
 void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratch, Readout& readout) {
   using Real = typename V::Real;
   constexpr int W = V::kWidth;
-  const int D = a.head_dim, span = packed_events<V>(unit.rows, D);
+  const int D = a.head_dim, span = scratch.span;
   const int64_t event0 = a.kv_offsets[unit.user];
-  const Real factor = static_cast<Real>(a.scale * kLog2E);
+  const Real factor = static_cast<Real>(a.scale * a.units);
   int64_t longest = 0;
   for (int r = 0; r < unit.rows; r += unit.group) longest = greatest(longest, seen_events(a, unit, r));
 
-  for (int64_t packed = 0; packed < longest; packed += span) {
+  for (int64_t packed = unit.first_event; packed < longest; packed += span) {
     const int n = static_cast<int>(least(span, longest - packed));
     const Real* bias = nullptr;
     if (a.key_bias) {
       bias = scratch.bias;
       for (int i = 0; i < n; i++) {
         const int64_t index = (event0 + packed + i) * a.bias_row_stride + unit.head * a.bias_head_stride;
-        scratch.bias[i] = load_element<Real>(a.key_bias, index, a.bias_element) * static_cast<Real>(kLog2E);
+        scratch.bias[i] = load_element<Real>(a.key_bias, index, a.bias_element) * static_cast<Real>(a.units);
       }
     }
     pack_panels<V>(a.key.at(event0 + packed, unit.kv_head, a.element), a.element, a.key.row_stride, n, D, bias,
@@ -342,8 +350,10 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratc
   }
 }
 
-// The running maximum and sum of each row's softmax, in base 2. `lanes` holds the sum in V::kWidth parts.
-template <class V>
+// The running maximum and sum of each row's softmax. `lanes` holds the sum in V::kWidth parts. Scores come in base 2,
+// or with kNatural as they are: a multiplication more, but a maximum that is a result's own number, so that what is
+// later taken from it cancels exactly.
+template <class V, bool kNatural = false>
 struct RunningSoftmax {
   typename V::Real *maximum, *lanes;
 
@@ -360,6 +370,9 @@ struct RunningSoftmax {
     V::store(lanes + static_cast<int64_t>(row) * V::kWidth, V::zero());
     lanes[static_cast<int64_t>(row) * V::kWidth] = weight;
   }
+  ATTNREC_INLINE typename V::Reg power(typename V::Reg x) {
+    return V::exp2(kNatural ? V::mul(x, V::set1(static_cast<typename V::Real>(kLog2E))) : x);
+  }
   // Takes in seen >= 1 scores and turns them into exp2(score - maximum). Returns the factor by which all that was
   // summed before has to be multiplied; 1 where the maximum stayed.
   ATTNREC_INLINE typename V::Real step(RunningSoftmax& self, int row, int seen, typename V::Real* scores) {
@@ -374,22 +387,28 @@ struct RunningSoftmax {
     if (highest > before) {
       self.maximum[row] = highest;
       Real factor[W];
-      V::store(factor, V::exp2(V::set1(before - highest)));
+      V::store(factor, power(V::set1(before - highest)));
       rescale = factor[0];
       total = V::mul(total, V::set1(rescale));
     }
-    // All hidden so far: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
-    const Real now = self.maximum[row];
-    const typename V::Reg base = V::set1(now == -std::numeric_limits<float>::infinity() ? Real{0} : now);
+    const typename V::Reg base = V::set1(self.base(row));
     for (int i = 0; i < seen; i += W) {
-      const typename V::Reg p = V::exp2(V::sub(V::load(scores + i), base));
+      const typename V::Reg p = power(V::sub(V::load(scores + i), base));
       V::store(scores + i, p);
       total = V::add(total, p);
     }
     V::store(sum, total);
     return rescale;
   }
+  // The maximum, or 0 where all is hidden so far: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
+  typename V::Real base(int row) const {
+    return maximum[row] == -std::numeric_limits<typename V::Real>::infinity() ? 0 : maximum[row];
+  }
   typename V::Real sum(int row) const { return V::sum(V::load(lanes + static_cast<int64_t>(row) * V::kWidth)); }
+  typename V::Real inverse_sum(int row) const {
+    const typename V::Real total = sum(row);
+    return total == 0 ? 0 : 1 / total;
+  }
   // Base 2; -inf for a row that has seen nothing.
   typename V::Real lse2(int row) const {
     const typename V::Real total = sum(row);
@@ -403,6 +422,24 @@ ATTNREC_INLINE typename V::Real dot(const typename V::Real* a, const typename V:
   typename V::Reg sum = V::zero();
   for (int d = 0; d < width; d += V::kWidth) sum = V::fma(V::load(a + d), V::load(b + d), sum);
   return V::sum(sum);
+}
+
+// The score of row r's self slot, in base 2 as a tile's scores are.
+template <class V>
+typename V::Real self_score(const Attention& a, const Unit& unit, int r, const StreamScratch<V>& scratch) {
+  const int64_t c = unit.candidate(r);
+  load_row<V>(a.query.at(c, unit.query_head(r), a.element), a.element, a.head_dim,
+              static_cast<typename V::Real>(a.scale * a.units), scratch.row);
+  load_row<V>(a.self_key.at(c, unit.kv_head, a.element), a.element, a.head_dim, 1, scratch.scores);
+  return dot<V>(scratch.row, scratch.scores, padded<V>(a.head_dim));
+}
+
+// The softmax of a unit's rows before their first event: nothing, or the self slot with maximum = its score, sum = 1.
+template <class V>
+void start_softmax(const Attention& a, const Unit& unit, const StreamScratch<V>& scratch, RunningSoftmax<V>& softmax) {
+  softmax.clear(unit.rows);
+  if (!a.self_key.data) return;
+  for (int r = 0; r < unit.rows; r++) softmax.start(r, self_score<V>(a, unit, r, scratch), 1);
 }
 
 }  // namespace

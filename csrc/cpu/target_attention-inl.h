@@ -20,19 +20,17 @@ struct WeightedValue {
         sums(arena.take<Real>(static_cast<int64_t>(rows) * width)),
         copied(arena.take<Real>(static_cast<int64_t>(packed_events<V>(rows, a.head_dim)) * width)) {}
 
-  // The self slot is the softmax's first state: maximum = its score, sum = 1, value = its value.
-  void begin(const Unit& u, StreamScratch<V>& scratch) {
+  // Where there is a self slot, its value is the first state of the sums.
+  void begin(const Unit& u, const StreamScratch<V>& scratch) {
     unit = u;
-    softmax.clear(unit.rows);
-    for (int64_t i = 0; i < static_cast<int64_t>(unit.rows) * width; i += V::kWidth) V::store(sums + i, V::zero());
-    if (!a.self_key.data) return;
+    start_softmax<V>(a, unit, scratch, softmax);
     for (int r = 0; r < unit.rows; r++) {
-      const int64_t c = unit.candidate(r);
-      load_row<V>(a.query.at(c, unit.query_head(r), a.element), a.element, a.head_dim,
-                  static_cast<Real>(a.scale * kLog2E), scratch.row);
-      load_row<V>(a.self_key.at(c, unit.kv_head, a.element), a.element, a.head_dim, 1, scratch.panels);
-      softmax.start(r, dot<V>(scratch.row, scratch.panels, width), 1);
-      load_row<V>(a.self_value.at(c, unit.kv_head, a.element), a.element, a.head_dim, 1, sums + int64_t{r} * width);
+      Real* sum = sums + static_cast<int64_t>(r) * width;
+      if (a.self_value.data) {
+        load_row<V>(a.self_value.at(unit.candidate(r), unit.kv_head, a.element), a.element, a.head_dim, 1, sum);
+      } else {
+        for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::zero());
+      }
     }
   }
 
@@ -58,8 +56,7 @@ struct WeightedValue {
   void finish(void* out, Real* lse) {
     for (int r = 0; r < unit.rows; r++) {
       const int64_t row = unit.candidate(r) * a.heads + unit.query_head(r);
-      const Real total = softmax.sum(r);
-      const typename V::Reg inverse = V::set1(total == 0 ? 0 : 1 / total);
+      const typename V::Reg inverse = V::set1(softmax.inverse_sum(r));
       Real* sum = sums + static_cast<int64_t>(r) * width;
       for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::mul(V::load(sum + d), inverse));
       store_row<V>(sum, a.head_dim, a.element,
@@ -80,7 +77,7 @@ struct WeightedValue {
 template <class V>
 int64_t target_attention_unit(const Attention& a, const Unit& unit, void* memory, void* out, void* lse) {
   Arena arena(memory);
-  StreamScratch<V> scratch(arena, unit.rows, a.head_dim);
+  StreamScratch<V> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
   WeightedValue<V> readout(arena, a, unit.rows);
   if (!memory) return arena.used();
   readout.begin(unit, scratch);

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "cpu/arguments.h"
+#include "cpu/catalog_cross_entropy.h"
+#include "cpu/softmax_score.h"
 
 namespace attnrec::cpu {
 
@@ -18,6 +20,19 @@ struct Kernels {
   double (*probe_read)(const void* memory, int64_t bytes, double* sink);
   double (*probe_exp2)(int64_t rounds, double* sink);
   int64_t (*target_attention)(const Attention&, const Unit&, void* memory, void* out, void* lse);
+  int64_t (*target_attention_weights)(const Attention&, const Unit&, void* memory, const int64_t* offsets,
+                                      void* weights);
+  int64_t (*target_attention_top)(const Attention&, const Unit&, void* memory, int64_t top, void* weights,
+                                  int64_t* events);
+  int64_t (*softmax_score)(const Attention&, const Unit&, void* memory, void* logits, double* maximum, double* sum);
+  void (*softmax_score_normalize)(const void* logits, int64_t n, double maximum, double sum, Element, void* out);
+  int64_t (*softmax_score_backward)(const Attention&, const Unit&, void* memory, const SoftmaxScoreGradient&);
+  int64_t (*catalog_cross_entropy)(const Attention&, const Unit&, void* memory, const CrossEntropyRows&,
+                                   const CrossEntropyParts&);
+  void (*catalog_cross_entropy_target_logits)(const Attention&, const Vectors& items, const double* bias,
+                                              int64_t first, int64_t n, void* memory, double* logits);
+  int64_t (*catalog_cross_entropy_backward)(const Attention&, const Unit&, void* memory, const CrossEntropyRows&,
+                                            const CrossEntropyGradient&);
 };
 
 // Best tier of this processor, or the one that ATTNREC_CPU_TIER names. Throws std::runtime_error where the variable

@@ -18,6 +18,8 @@
 // GCC 12 takes the deliberately undefined operand of its own AVX-512 intrinsics for a mistake (its bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+// Vectors are passed between inlined functions of one file only: what their calling convention is does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
 #include "cpu/arguments.h"

@@ -49,6 +49,10 @@ struct Avx2Vector {
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
   }
+  // A bit for each lane that is above x, none where NaN.
+  ATTNREC_INLINE uint32_t above(Reg r, float x) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(r, set1(x), _CMP_GT_OQ)));
+  }
   // The first n lanes of r, `fill` in the others.
   ATTNREC_INLINE Reg first(Reg r, int n, float fill) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

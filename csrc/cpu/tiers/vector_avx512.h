@@ -40,6 +40,8 @@ struct Avx512Vector {
   ATTNREC_INLINE Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }  // b where either is NaN
   ATTNREC_INLINE float sum(Reg r) { return _mm512_reduce_add_ps(r); }
   ATTNREC_INLINE float maximum(Reg r) { return _mm512_reduce_max_ps(r); }
+  // A bit for each lane that is above x, none where NaN.
+  ATTNREC_INLINE uint32_t above(Reg r, float x) { return _mm512_cmp_ps_mask(r, set1(x), _CMP_GT_OQ); }
   // The first n lanes of r, `fill` in the others.
   ATTNREC_INLINE Reg first(Reg r, int n, float fill) {
     const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);

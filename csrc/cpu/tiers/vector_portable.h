@@ -42,6 +42,12 @@ struct PortableVector {
     for (int i = 1; i < kWidth; i++) m = r[i] > m ? r[i] : m;
     return m;
   }
+  // A bit for each lane that is above x, none where NaN.
+  ATTNREC_INLINE uint32_t above(Reg r, Real x) {
+    uint32_t lanes = 0;
+    for (int i = 0; i < kWidth; i++) lanes |= uint32_t{r[i] > x} << i;
+    return lanes;
+  }
   // The first n lanes of r, `fill` in the others.
   ATTNREC_INLINE Reg first(Reg r, int n, Real fill) {
     for (int i = 0; i < kWidth; i++) r[i] = i < n ? r[i] : fill;

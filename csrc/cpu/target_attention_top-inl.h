@@ -1,0 +1,145 @@
+// target_attention_top: a readout that keeps each row's heaviest events beside its running softmax, in one
+// pass.
+#pragma once
+
+#include "cpu/target_attention_weights-inl.h"
+
+namespace attnrec::cpu {
+namespace {
+
+// The `most` highest scores of each row, ties to the lower event. Events must come in rising order.
+template <class V>
+struct Heaviest {
+  using Real = typename V::Real;
+  struct Entry {
+    Real score;
+    int64_t event;
+  };
+
+  Heaviest(Arena& arena, int rows, int64_t n)
+      : most(n), entries(arena.take<Entry>(rows * n)), counts(arena.take<int64_t>(rows)) {}
+
+  void clear(int rows) {
+    for (int r = 0; r < rows; r++) counts[r] = 0;
+  }
+
+  // Takes in the scores of the events first … first + n. They are -inf (never kept) from n to the next whole
+  // register.
+  void take(int row, int64_t first, int n, const Real* scores) {
+    Entry* heap = of(row);
+    int64_t count = counts[row];
+    // A later event loses a tie, so only a higher score enters a full heap.
+    Real threshold = count == most ? heap[0].score : -std::numeric_limits<Real>::infinity();
+    for (int i = 0; i < n; i += V::kWidth) {
+      for (uint32_t lanes = V::above(V::load(scores + i), threshold); lanes; lanes &= lanes - 1) {
+        const int at = i + __builtin_ctz(lanes);
+        if (!(scores[at] > threshold)) continue;
+        const Entry entry{scores[at], first + at};
+        if (count < most) {
+          rise(heap, count++, entry);
+        } else {
+          sink(heap, count, entry);
+        }
+        if (count == most) threshold = heap[0].score;
+      }
+    }
+    counts[row] = count;
+  }
+
+  // Orders what was kept, the heaviest first. The row takes in nothing more.
+  void sort(int row) {
+    Entry* heap = of(row);
+    for (int64_t n = counts[row] - 1; n > 0; n--) {
+      const Entry last = heap[n];
+      heap[n] = heap[0];
+      sink(heap, n, last);
+    }
+  }
+
+  Entry* of(int row) const { return entries + row * most; }
+
+  int64_t most;
+  Entry* entries;
+  int64_t* counts;
+
+ private:
+  static bool before(const Entry& a, const Entry& b) {
+    return a.score > b.score || (a.score == b.score && a.event < b.event);
+  }
+  // A heap whose root is the entry to lose first: `rise` puts a new one in at its end, `sink` in the root's
+  // place.
+  static void rise(Entry* heap, int64_t at, const Entry& entry) {
+    while (at > 0 && before(heap[(at - 1) / 2], entry)) {
+      heap[at] = heap[(at - 1) / 2];
+      at = (at - 1) / 2;
+    }
+    heap[at] = entry;
+  }
+  static void sink(Entry* heap, int64_t count, const Entry& entry) {
+    int64_t at = 0;
+    for (int64_t child; (child = 2 * at + 1) < count; at = child) {
+      if (child + 1 < count && before(heap[child], heap[child + 1])) child++;
+      if (!before(entry, heap[child])) break;
+      heap[at] = heap[child];
+    }
+    heap[at] = entry;
+  }
+};
+
+template <class V>
+typename V::Real exp2_of(typename V::Real x) {
+  typename V::Real lanes[V::kWidth];
+  V::store(lanes, V::exp2(V::set1(x)));
+  return lanes[0];
+}
+
+template <class V>
+struct Top {
+  using Real = typename V::Real;
+
+  Top(Arena& arena, const Attention& attention, int rows, int64_t n)
+      : total(arena, attention, rows), heaviest(arena, rows, n) {}
+
+  void begin(const Unit& unit, const StreamScratch<V>& scratch) {
+    total.begin(unit, scratch);
+    heaviest.clear(unit.rows);
+  }
+  void pack(int64_t, int, const Real*) {}
+  void tile(const Tile<V>& t) {
+    for (int r = 0; r < t.rows; r++)
+      heaviest.take(t.first_row + r, t.first_event, t.seen[r], t.scores + r * kKeys);
+    total.tile(t);  // overwrites the scores
+  }
+
+  LogSumExp<V> total;
+  Heaviest<V> heaviest;
+};
+
+// `weights` and `events` are [T_c, heads, top], contiguous.
+template <class V>
+int64_t target_attention_top_unit(const Attention& a, const Unit& unit, void* memory, int64_t top,
+                                  void* weights, int64_t* events) {
+  using Real = typename V::Real;
+  Arena arena(memory);
+  StreamScratch<V> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+  Top<V> readout(arena, a, unit.rows, least(top, greatest(1, a.events(unit.user))));
+  if (!memory) return arena.used();
+  readout.begin(unit, scratch);
+  stream<V>(a, unit, scratch, readout);
+  for (int r = 0; r < unit.rows; r++) {
+    readout.heaviest.sort(r);
+    const auto* entries = readout.heaviest.of(r);
+    const Real base = readout.total.softmax.base(r), inverse = readout.total.softmax.inverse_sum(r);
+    const int64_t to = (unit.candidate(r) * a.heads + unit.query_head(r)) * top;
+    for (int64_t i = 0; i < top; i++) {
+      const bool kept = i < readout.heaviest.counts[r];
+      const Real weight = kept ? exp2_of<V>(entries[i].score - base) * inverse : Real{0};
+      store_element<Real>(weights, to + i, a.element, weight);
+      events[to + i] = kept ? entries[i].event : -1;
+    }
+  }
+  return arena.used();
+}
+
+}  // namespace
+}  // namespace attnrec::cpu

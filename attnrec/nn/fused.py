@@ -11,7 +11,7 @@ from torch import Tensor
 from attnrec.functional import target_attention
 
 from .projections import prefers_raw_history, project, project_candidates, project_sums
-from .weights import Weights
+from .weights import differentiable_weights
 
 if TYPE_CHECKING:
     from .attention import FusedMultiHeadAttention
@@ -99,8 +99,17 @@ def attend(
 
     if raw:
         k = k.expand(-1, module.num_heads, -1)
-    weights = Weights.apply(
-        q, k, key_bias, lse, rows.q_offsets, rows.kv_offsets, rows.even, scale, *options.values(), self_key
+    weights = differentiable_weights(
+        q,
+        k,
+        key_bias,
+        lse,
+        rows.q_offsets,
+        rows.kv_offsets,
+        even=rows.even is not None,
+        scale=scale,
+        self_key=self_key,
+        **options,
     )
     added = []
     if self_key is not None:

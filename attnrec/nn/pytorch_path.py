@@ -19,7 +19,7 @@ def say_once(reason: str) -> None:
     warnings.warn(
         f"FusedMultiHeadAttention computes with PyTorch's attention here: {reason}. The results are right, "
         "but not faster. This is said once.",
-        stacklevel=4,
+        stacklevel=6,  # past forward and what nn.Module calls it through
     )
 
 

@@ -2,71 +2,89 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from attnrec.functional import target_attention_weights
 
 
-class Weights(torch.autograd.Function):
-    """`target_attention_weights` as a differentiable function of the scores and their log-sum-exp.
+def differentiable_weights(
+    query: Tensor,
+    key: Tensor,
+    key_bias: Tensor | None,
+    lse: Tensor,
+    q_offsets: Tensor,
+    kv_offsets: Tensor,
+    *,
+    even: bool,
+    scale: float,
+    self_key: Tensor | None,
+    **options: Tensor | None,
+) -> Tensor:
+    """`target_attention_weights` with a gradient: `weights [sum C_b * L_b, H]`.
 
-    `w = exp(s - lse)`, so `dL/ds = w dL/dw` and `dL/dlse = -sum w dL/dw` over the events; what lies
-    behind the log-sum-exp (the other events, the self slot) is `target_attention`'s to differentiate.
-    Forward is the fused op. Backward runs for a loss that looks at the weights and for no other; it forms
-    their gradients in memory.
+    `query` and `key` are `[.., H, D]`, `lse [T_c, H]` is that of `target_attention`. `even` says that every
+    user has as many candidates and events as any other. The gradient goes to query, key, bias and `lse`.
+    """
+    with torch.no_grad():
+        weights, _ = target_attention_weights(
+            query, key, q_offsets, kv_offsets, scale=scale, self_key=self_key, key_bias=key_bias, **options
+        )
+    inputs = (query, key, key_bias, lse)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return weights
+    # A compiler refuses the same tensor twice.
+    return _WithGradient.apply(
+        weights, *inputs, q_offsets, None if kv_offsets is q_offsets else kv_offsets, even, scale
+    )
 
-    Takes `query, key [.., H, D]`, `key_bias [T_l, H]` or None, `lse [T_c, H]`, then what has no
-    gradient: `even`, `(B, C, L)` if every user has C candidates and L events or None, and the op's options.
-    Gives `weights [sum C_b * L_b, H]`.
+
+class _WithGradient(torch.autograd.Function):
+    """Gives the weights, which it returns, their gradient.
+
+    `w = exp(s - lse)`, so `dL/ds = w dL/dw` and `dL/dlse = -sum w dL/dw` over the events; what lies behind
+    the log-sum-exp (the other events, the self slot) is `target_attention`'s to differentiate. This runs for
+    a loss that looks at the weights, and for no other; then it forms their gradients in memory.
     """
 
     @staticmethod
-    def forward(
-        ctx, query, key, key_bias, lse, q_offsets, kv_offsets, even, scale, kv_lengths, visible, self_key
-    ):
-        weights, _ = target_attention_weights(
-            query.detach(),
-            key.detach(),
-            q_offsets,
-            kv_offsets,
-            scale=scale,
-            kv_lengths=kv_lengths,
-            visible=visible,
-            self_key=None if self_key is None else self_key.detach(),
-            key_bias=None if key_bias is None else key_bias.detach(),
-        )
-        ctx.save_for_backward(query, key, key_bias, weights, q_offsets, kv_offsets)
-        ctx.even, ctx.scale = even, scale
-        return weights
+    def forward(weights: Tensor, *_: Any) -> Tensor:
+        return weights.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_weights):
-        query, key, key_bias, weights, q_offsets, kv_offsets = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, query, key, key_bias, _, q_offsets, kv_offsets, ctx.even, ctx.scale = inputs
+        ctx.save_for_backward(output, query, key, key_bias, q_offsets, kv_offsets)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+        weights, query, key, key_bias, q_offsets, kv_offsets = ctx.saved_tensors
+        kv_offsets = q_offsets if kv_offsets is None else kv_offsets
         dtype = torch.promote_types(query.dtype, torch.float32)
         scores = weights.to(dtype) * grad_weights.to(dtype)
-        if ctx.even is not None:
-            users, candidates, events = ctx.even
-            scores = scores.view(users, candidates, events, scores.shape[1])
-            grads = _score_grads(
-                scores, query.unflatten(0, (users, candidates)), key.unflatten(0, (users, events)), ctx.scale
-            )
-            grads = tuple(g.flatten(0, 1) for g in grads)
+        heads, users = query.shape[1], q_offsets.shape[0] - 1
+        if ctx.even and users:
+            candidates, events = query.shape[0] // users, key.shape[0] // users
+            scores = scores.view(users, candidates, events, heads)
+            query, key = query.unflatten(0, (users, candidates)), key.unflatten(0, (users, events))
+            grads = tuple(g.flatten(0, 1) for g in _score_grads(scores, query, key, ctx.scale))
         else:
             candidates, events = q_offsets.diff().tolist(), kv_offsets.diff().tolist()
             pairs = [c * n for c, n in zip(candidates, events, strict=True)]
-            users = zip(scores.split(pairs), query.split(candidates), key.split(events), strict=True)
-            parts = [_score_grads(s.view(len(q), len(k), s.shape[1]), q, k, ctx.scale) for s, q, k in users]
+            by_user = zip(scores.split(pairs), query.split(candidates), key.split(events), strict=True)
+            parts = [_score_grads(s.view(len(q), len(k), heads), q, k, ctx.scale) for s, q, k in by_user]
             grads = tuple(torch.cat(part) for part in zip(*parts, strict=True))
         grad_query, grad_key, grad_bias, grad_lse = grads
         return (
+            None,
             grad_query.to(query.dtype),
             grad_key.to(key.dtype),
             None if key_bias is None else grad_bias.to(key_bias.dtype),
             grad_lse,
-            *(None,) * 7,
+            *(None,) * 4,
         )
 
 
@@ -87,10 +105,10 @@ def pad_weights(
     `q_lengths` and `kv_lengths` `[B]` are C_b and L_b; `rank [B, L]` is the place among the user's L_b
     events of what stands at l, or -1 where nothing does.
     """
-    begins = torch.nn.functional.pad((q_lengths * kv_lengths).cumsum(0), (1, 0))[:-1]
+    begins = pad((q_lengths * kv_lengths).cumsum(0), (1, 0))[:-1]
     candidate = torch.arange(candidates, device=weights.device)
     row = begins[:, None] + candidate * kv_lengths[:, None]
     real = (candidate < q_lengths[:, None])[:, :, None] & (rank >= 0)[:, None, :]
     index = (row[:, :, None] + rank[:, None, :]).masked_fill(~real, weights.shape[0])
-    padded = torch.nn.functional.pad(weights, (0, 0, 0, 1))  # the last row serves all that is not there
+    padded = pad(weights, (0, 0, 0, 1))  # the last row serves all that is not there
     return padded[index]

@@ -32,7 +32,11 @@ def recorded_calls() -> Iterator[list[dict[str, Any]]]:
 @contextmanager
 def forced_plan(raw_history: bool) -> Iterator[None]:
     """Attends over the raw history, or projects it, whatever the counts say."""
-    with mock.patch.object(fused, "prefers_raw_history", return_value=raw_history):
+
+    def decided(*_: int) -> bool:  # a Mock could not be compiled
+        return raw_history
+
+    with mock.patch.object(fused, "prefers_raw_history", decided):
         yield
 
 

@@ -8,40 +8,28 @@ end at the number of rows: user b's rows are `offsets[b] ... offsets[b + 1] - 1`
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from attnrec import layout, ops
 
 
 def _native(
+    op: str,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
     q_offsets: Tensor | None,
     kv_offsets: Tensor | None,
-    key_padding_mask: Tensor | None,
-    **options: Tensor | None,
-) -> layout.Native | None:
-    """Dense or nested input as the native form, or None where it has that form already."""
-    if q_offsets is not None and kv_offsets is not None:
-        if key_padding_mask is not None:
-            raise ValueError(
-                "key_padding_mask goes with dense input; jagged input takes kv_lengths or key_bias"
-            )
-        return None
+    options: dict[str, Tensor | None],
+) -> layout.Native:
+    """Dense or nested input as the native form."""
     if q_offsets is not None or kv_offsets is not None:
         missing = "kv_offsets" if kv_offsets is None else "q_offsets"
-        raise ValueError(
-            f"{missing} is missing: jagged input needs both q_offsets and kv_offsets, dense input neither"
-        )
-    if query.is_nested:
-        if key_padding_mask is not None:
-            raise ValueError("key_padding_mask goes with dense input, not with nested tensors")
-        return layout.from_nested(query, key, value, **options)
-    if key_padding_mask is not None and options["kv_lengths"] is not None:
-        raise ValueError("key_padding_mask and kv_lengths say the same thing: give one of them")
-    return layout.from_dense(query, key, value, key_padding_mask=key_padding_mask, **options)
+        if q_offsets is not None and kv_offsets is not None:
+            raise ValueError(f"{op}: key_padding_mask goes with dense input; jagged input takes kv_lengths")
+        raise ValueError(f"{op}: {missing} must be given: jagged input needs q_offsets and kv_offsets")
+    nested = isinstance(query, Tensor) and query.is_nested
+    return (layout.from_nested if nested else layout.from_dense)(op, query, key, value, options)
 
 
 def target_attention(
@@ -93,12 +81,13 @@ def target_attention(
         "self_value": self_value,
         "key_bias": key_bias,
     }
-    native = _native(query, key, value, q_offsets, kv_offsets, key_padding_mask, **options)
-    if native is None:
+    if q_offsets is not None and kv_offsets is not None and key_padding_mask is None:
         out, lse = ops.call(
             "target_attention", query, key, value, q_offsets, kv_offsets, scale=scale, **options
         )
         return (out, lse) if return_lse else out
+    options["key_padding_mask"] = key_padding_mask
+    native = _native("target_attention", query, key, value, q_offsets, kv_offsets, options)
     out, lse = ops.call(
         "target_attention",
         native.query,
@@ -142,10 +131,12 @@ def target_attention_weights(
         candidate sees fewer: weight 0, event -1.
     """
     options = {"kv_lengths": kv_lengths, "visible": visible, "self_key": self_key, "key_bias": key_bias}
-    native = _native(query, key, None, q_offsets, kv_offsets, key_padding_mask, **options)
-    if native is not None:
+    native = None
+    if q_offsets is None or kv_offsets is None or key_padding_mask is not None:
+        options["key_padding_mask"] = key_padding_mask
+        native = _native("target_attention_weights", query, key, None, q_offsets, kv_offsets, options)
         query, key, q_offsets, kv_offsets = native.query, native.key, native.q_offsets, native.kv_offsets
-        options = {name: native.options[name] for name in options}
+        options = native.options
     if top is None:
         weights, offsets = ops.call(
             "target_attention_weights", query, key, q_offsets, kv_offsets, scale=scale, **options
@@ -169,7 +160,7 @@ def softmax_score(
 
     Args:
         users: `[B, D]`.
-        items: `[T_c, D]` with `offsets [B + 1]`; or without offsets dense `[B, C, D]` or nested `[B, j, D]`.
+        items: `[T_c, D]` with `offsets [B + 1]`; without offsets dense `[B, C, D]` or nested `[B, j, D]`.
         temperature: divides `u . i`; above 0.
         bias: `[T_c]` (dense `[B, C]`, nested `[B, j]`), added to the logits; -inf hides a candidate.
 
@@ -178,16 +169,8 @@ def softmax_score(
     """
     if offsets is not None:
         return ops.call("softmax_score", users, items, offsets, temperature=temperature, bias=bias)
-    if items.is_nested:
-        offsets = items.offsets()
-        packed, bias = layout.nested_values(items), layout.nested_values(bias)
-        out = ops.call("softmax_score", users, packed, offsets, temperature=temperature, bias=bias)
-        return torch.nested.nested_tensor_from_jagged(out, offsets)
-    batch, candidates = items.shape[:2]
-    offsets = torch.arange(batch + 1, device=items.device) * candidates
-    bias = None if bias is None else bias.flatten()
-    out = ops.call("softmax_score", users, items.flatten(0, 1), offsets, temperature=temperature, bias=bias)
-    return out.view(batch, candidates)
+    items, offsets, bias, back = layout.candidates(users, items, bias)
+    return back(ops.call("softmax_score", users, items, offsets, temperature=temperature, bias=bias))
 
 
 def catalog_topk(

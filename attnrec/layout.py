@@ -8,18 +8,21 @@ its own).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from attnrec.ops.checks import FLOATS, INTEGERS, Check
 
 
 @dataclass(slots=True)
 class Native:
     """Arguments of an attention op, and how its results return to the form that the caller gave.
 
-    `options` are the optional tensors by name. `rows(x)` maps `x [T_c, H, ...]`, a result per candidate and
-    head. `pairs(x, offsets)` maps the weights `x [sum C_b * L_b, H]`.
+    `options` are the optional tensors that are given, by name. `rows(x)` maps `x [T_c, H, ...]`, a result per
+    candidate and head. `pairs(x, offsets)` maps the weights `x [sum C_b * L_b, H]`.
     """
 
     query: Tensor
@@ -35,6 +38,69 @@ class Native:
 # --- dense --------------------------------------------------------------------------------------------------
 
 
+def _check_dense(op: str, query: Any, key: Any, value: Any, options: dict[str, Tensor | None]) -> None:
+    """What the native form can't tell any more: ranks, and sizes that differ where their products agree."""
+    checked = Check(op, ("query", query))
+    checked.tensor("query", query, "[B, H, C, D] (without offsets)", (None,) * 4)
+    users, heads, candidates, dim = query.shape
+    checked.tensor("key", key, "[B, H_kv, L, D] (without offsets)", (users, None, None, dim))
+    kv_heads, events = key.shape[1:3]
+    if kv_heads < 1 or heads % kv_heads != 0:
+        checked.fail(
+            "query", f"have a number of heads H that is a multiple of key's H_kv = {kv_heads}", heads
+        )
+    if op == "target_attention":
+        checked.tensor("value", value, "[B, H_kv, L, D]", key.shape)
+    shapes: dict[str, tuple[str, tuple[int, ...], tuple[torch.dtype, ...]]] = {
+        "kv_lengths": ("[B]", (users,), INTEGERS),
+        "key_padding_mask": ("[B, L]", (users, events), (torch.bool,)),
+        "visible": ("[B, C]", (users, candidates), INTEGERS),
+        "self_key": ("[B, H_kv, C, D]", (users, kv_heads, candidates, dim), FLOATS),
+        "self_value": ("[B, H_kv, C, D]", (users, kv_heads, candidates, dim), FLOATS),
+        "key_bias": ("[B, H, L]", (users, heads, events), FLOATS),
+    }
+    for name, x in options.items():
+        if x is not None:
+            checked.tensor(name, x, *shapes[name])
+
+
+def _looks_dense(query: Any, key: Any, value: Any, options: dict[str, Tensor | None]) -> bool:
+    """The usual call judged at a glance, a tenth of what the sentences of `_check_dense` cost."""
+    return (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and query.dim() == key.dim() == 4
+        and query.shape[0] == key.shape[0]
+        and (value is None or (isinstance(value, Tensor) and value.shape == key.shape))
+        and all(x is None for x in options.values())
+    )
+
+
+def _offsets(users: int, n: int, device: torch.device) -> Tensor:
+    if n == 0:
+        return torch.zeros(users + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, users * n + 1, n, device=device)
+
+
+def lengths_of_mask(key_padding_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`key_padding_mask [B, L]` (True hides) as `(kv_lengths [B], bias [B, L] or None)`.
+
+    The length ends at the last event that is shown; hidden ones before it get a bias of -inf. Whether there
+    are any is looked up only on the CPU and outside of a compiler: elsewhere it would cost a synchronisation
+    or a graph break.
+    """
+    users, events = key_padding_mask.shape
+    if events == 0:
+        return key_padding_mask.new_zeros(users, dtype=torch.int64), None
+    position = torch.arange(1, events + 1, device=key_padding_mask.device)
+    lengths = key_padding_mask.logical_not().mul(position).amax(1)
+    on_cpu = key_padding_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and torch.equal(key_padding_mask, position > lengths.unsqueeze(1)):
+        return lengths, None
+    bias = torch.zeros(key_padding_mask.shape, device=key_padding_mask.device)
+    return lengths, bias.masked_fill(key_padding_mask, -torch.inf)
+
+
 def _merges(x: Tensor, dims: tuple[int, ...]) -> bool:
     """Whether a view can make one dimension of `dims`."""
     expected = None
@@ -47,96 +113,76 @@ def _merges(x: Tensor, dims: tuple[int, ...]) -> bool:
     return True
 
 
-def _copied(tensors: list[Tensor], dims: tuple[int, ...]) -> int:
-    """Elements that must be copied before `dims` of the tensors are one."""
-    return sum(x.numel() for x in tensors if not _merges(x, dims))
-
-
-def _offsets(users: int, n: int, device: torch.device) -> Tensor:
-    return torch.arange(users + 1, device=device) * n
-
-
-def lengths_of_mask(key_padding_mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`key_padding_mask [B, L]` (True hides) as `(kv_lengths [B], bias [B, L] or None)`.
-
-    The length ends at the last event that is shown; hidden ones before it get a bias of -inf. Whether there
-    are any is looked up only on the CPU and outside of a compiler: elsewhere it would cost a synchronisation
-    or a graph break.
-    """
-    n = key_padding_mask.shape[1]
-    position = torch.arange(1, n + 1, device=key_padding_mask.device)
-    lengths = (
-        key_padding_mask.logical_not().mul(position).amax(1) if n else key_padding_mask.new_zeros(0).sum(1)
-    )
-    if not torch.compiler.is_compiling() and key_padding_mask.device.type == "cpu":
-        if torch.equal(key_padding_mask, position > lengths.unsqueeze(1)):
-            return lengths, None
-    bias = torch.zeros(key_padding_mask.shape, device=key_padding_mask.device)
-    return lengths, bias.masked_fill(key_padding_mask, -torch.inf)
+def _folds_better(tensors: list[Tensor]) -> bool:
+    """Whether fewer elements of `[B, H, n, D]` are copied with heads folded into the users than in place."""
+    in_place = sum(x.numel() for x in tensors if not _merges(x, (0, 2)))
+    return in_place > 0 and in_place > sum(x.numel() for x in tensors if not _merges(x, (0, 1, 2)))
 
 
 def from_dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    *,
-    kv_lengths: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    visible: Tensor | None = None,
-    self_key: Tensor | None = None,
-    self_value: Tensor | None = None,
-    key_bias: Tensor | None = None,
+    op: str, query: Tensor, key: Tensor, value: Tensor | None, options: dict[str, Tensor | None]
 ) -> Native:
-    """Dense `query [B, H, C, D]`, `key`/`value [B, H_kv, L, D]`, `visible [B, C]`, `key_bias [B, H, L]`."""
+    """Dense `query [B, H, C, D]`, `key`/`value [B, H_kv, L, D]`, `visible [B, C]`, `key_bias [B, H, L]`, and
+    `key_padding_mask [B, L]`."""
+    if not _looks_dense(query, key, value, options):
+        _check_dense(op, query, key, value, options)
     users, heads, candidates, _ = query.shape
     kv_heads, events = key.shape[1], key.shape[2]
-    if key_padding_mask is not None:
-        kv_lengths, holes = lengths_of_mask(key_padding_mask)
+    options = {name: x for name, x in options.items() if x is not None}
+    if "key_padding_mask" in options:
+        if "kv_lengths" in options:
+            raise ValueError(f"{op}: key_padding_mask and kv_lengths say the same thing: give one of them")
+        options["kv_lengths"], holes = lengths_of_mask(options.pop("key_padding_mask"))
         if holes is not None:
             holes = holes.unsqueeze(1).expand(users, heads, events)
-            key_bias = holes if key_bias is None else key_bias + holes
+            options["key_bias"] = options["key_bias"] + holes if "key_bias" in options else holes
 
-    large = [x for x in (query, key, value, self_key, self_value) if x is not None]
+    large = [query, key] if value is None else [query, key, value]
     # With grouped heads, folded heads share their key: no per-head bias and no self slot of the group's own.
-    may_fold = heads == kv_heads or (key_bias is None and self_key is None)
-    fold = may_fold and _copied(large, (0, 1, 2)) < _copied(large, (0, 2))
+    may_fold = heads == kv_heads or not ("key_bias" in options or "self_key" in options)
+    fold = users > 1 and may_fold and _folds_better(large)
+    if fold:
+        # The heads of a group are further candidates of their key's user.
+        native_users, rows_of_user = users * kv_heads, heads // kv_heads * candidates
+    else:
+        native_users, rows_of_user = users, candidates
 
-    def per_head(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
-        return x.flatten(0, 2).unsqueeze(1) if fold else x.transpose(1, 2).flatten(0, 1)
+    def per_head(x: Tensor) -> Tensor:
+        _, of_heads, n, last = x.shape
+        if fold:
+            return x.reshape(users * of_heads * n, 1, last)
+        return x.transpose(1, 2).reshape(users * n, of_heads, last)
 
-    def per_user(x: Tensor | None, copies: int) -> Tensor | None:
-        if x is None:
-            return None
-        return x.unsqueeze(1).expand(x.shape[0], copies, *x.shape[1:]).flatten() if fold else x.flatten()
+    def per_user(x: Tensor, copies: int) -> Tensor:
+        return x.unsqueeze(1).expand(users, copies, *x.shape[1:]).flatten() if fold else x.flatten()
 
     def rows(x: Tensor) -> Tensor:
         if fold:
-            return x.squeeze(1).unflatten(0, (users, heads, candidates))
-        return x.unflatten(0, (users, candidates)).transpose(1, 2)
+            return x.view(users, heads, candidates, *x.shape[2:])
+        return x.view(users, candidates, *x.shape[1:]).transpose(1, 2)
 
     def pairs(weights: Tensor, _: Tensor) -> Tensor:
+        torch._check(weights.shape[0] == native_users * rows_of_user * events)
         if fold:
             return weights.view(users, heads, candidates, events)
         return weights.view(users, candidates, events, heads).permute(0, 3, 1, 2)
 
-    # Folded, the heads of a group are further candidates of their key's user.
-    native_users, group = (users * kv_heads, heads // kv_heads) if fold else (users, 1)
-    bias = None if key_bias is None else per_head(key_bias.unsqueeze(-1)).squeeze(-1)
+    for name, x in options.items():
+        if name == "key_bias":
+            options[name] = per_head(x.unsqueeze(-1)).squeeze(-1)
+        elif name == "kv_lengths":
+            options[name] = per_user(x, kv_heads)
+        elif name == "visible":
+            options[name] = per_user(x, heads)
+        else:
+            options[name] = per_head(x)
     return Native(
         per_head(query),
         per_head(key),
-        per_head(value),
-        _offsets(native_users, group * candidates, query.device),
+        None if value is None else per_head(value),
+        _offsets(native_users, rows_of_user, query.device),
         _offsets(native_users, events, query.device),
-        {
-            "kv_lengths": per_user(kv_lengths, kv_heads),
-            "visible": per_user(visible, heads),
-            "self_key": per_head(self_key),
-            "self_value": per_head(self_value),
-            "key_bias": bias,
-        },
+        options,
         rows,
         pairs,
     )
@@ -145,9 +191,13 @@ def from_dense(
 # --- nested -------------------------------------------------------------------------------------------------
 
 
+def _is_nested(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged
+
+
 def nested_values(x: Tensor | None) -> Tensor | None:
     """Packed `[T, ...]` of a jagged nested tensor, ragged in dimension 1 or 2; other tensors as they are."""
-    if x is None or not x.is_nested:
+    if not _is_nested(x):
         return x
     if x._ragged_idx == 2:
         x = x.transpose(1, 2)
@@ -156,16 +206,31 @@ def nested_values(x: Tensor | None) -> Tensor | None:
     return x.values()
 
 
+def nested_offsets(x: Tensor) -> Tensor:
+    """Offsets of `nested_values(x)`."""
+    return x.offsets() if x.lengths() is None else x.contiguous().offsets()
+
+
 def from_nested(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    *,
-    kv_lengths: Tensor | None = None,
-    **options: Tensor | None,
+    op: str, query: Tensor, key: Tensor, value: Tensor | None, options: dict[str, Tensor | None]
 ) -> Native:
     """Nested `query [B, j, H, D]` or `[B, H, j, D]`, likewise key and value; options nested or packed."""
-    q_offsets, transposed = query.offsets(), query._ragged_idx == 2
+    options = {name: x for name, x in options.items() if x is not None}
+    if "key_padding_mask" in options:
+        raise ValueError(f"{op}: key_padding_mask goes with dense input, not with nested tensors")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not (_is_nested(x) or (x is None and op != "target_attention")):
+            got = type(x).__name__ if not isinstance(x, Tensor) else f"a tensor of layout {x.layout}"
+            raise TypeError(
+                f"{op}: {name} must be nested (layout=torch.jagged) where query is, got {got}; a dense "
+                "query goes with dense keys"
+            )
+        if x is not None and (x.dim() != 4 or x._ragged_idx not in (1, 2)):
+            raise ValueError(
+                f"{op}: {name} must be nested [B, j, H, D] or [B, H, j, D], got {list(x.shape)} ragged in "
+                f"dimension {x._ragged_idx}"
+            )
+    q_offsets, transposed = nested_offsets(query), query._ragged_idx == 2
 
     def rows(x: Tensor) -> Tensor:
         nested = torch.nested.nested_tensor_from_jagged(x, q_offsets)
@@ -176,8 +241,30 @@ def from_nested(
         nested_values(key),
         nested_values(value),
         q_offsets,
-        key.offsets(),
-        {"kv_lengths": kv_lengths} | {name: nested_values(x) for name, x in options.items()},
+        nested_offsets(key),
+        {name: nested_values(x) for name, x in options.items()},
         rows,
         torch.nested.nested_tensor_from_jagged,
     )
+
+
+# --- candidates of softmax_score ----------------------------------------------------------------------------
+
+
+def candidates(
+    users: Tensor, items: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """Dense `items [B, C, D]` or nested `[B, j, D]`: native items, offsets and bias, and the way back."""
+    if _is_nested(items):
+        offsets = nested_offsets(items)
+        back = partial(torch.nested.nested_tensor_from_jagged, offsets=offsets)
+        return nested_values(items), offsets, nested_values(bias), back
+    checked = Check("softmax_score", ("items", items))
+    checked.tensor("items", items, "[B, C, D] (without offsets)", (None, None, None))
+    batch, count, dim = items.shape
+    checked.tensor("users", users, "[B, D]", (batch, dim))
+    if bias is not None:
+        checked.tensor("bias", bias, "[B, C]", (batch, count))
+        bias = bias.flatten()
+    offsets = _offsets(batch, count, items.device)
+    return items.flatten(0, 1), offsets, bias, lambda probabilities: probabilities.view(batch, count)

@@ -10,9 +10,8 @@ vanish without a word, so the autograd kernel is written here. `torch.vmap` take
 loop over the mapped dimension, which is right and no faster than the loop.
 """
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,17 +34,14 @@ _registered: list[Op] = []
 # --- autograd -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _levels_below_may_differentiate() -> Iterator[None]:
-    """Under `torch.func` an op passes one level of differentiation after the other, each inside the forward
-    pass of
-    the one above, where PyTorch turns differentiation off: without this a second level would see constants
-    and give zeros."""
+def _at_levels_below(compute: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+    """`compute(*values)` inside a forward pass. Under `torch.func` an op passes one level of differentiation
+    after the other, each inside the forward pass of the one above, where PyTorch turns differentiation off: a
+    second level would see constants and give zeros without a word."""
     if torch._C._are_functorch_transforms_active():
         with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-            yield
-    else:
-        yield
+            return compute(*values)
+    return compute(*values)
 
 
 class _Recorded(_SingleLevelFunction):
@@ -54,8 +50,7 @@ class _Recorded(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, op: Op, compute: Callable[..., Any], *values: Any) -> Any:
-        with _levels_below_may_differentiate():
-            result = compute(*values)
+        result = _at_levels_below(compute, values)
         ctx.op = op
         ctx.set_materialize_grads(False)
         if op.gradient is not None:
@@ -95,16 +90,16 @@ def _refusal(op: Op) -> str:
 
 
 def _is_differentiated(*values: Any) -> bool:
-    # A tangent of forward mode is not among what `requires_grad` tells, and dropped silently unless it is
-    # recorded.
-    return (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
-    ) or forward_ad._current_level >= 0
+    # `requires_grad` does not tell of forward mode's tangents, which would vanish unless it is recorded.
+    requires_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
+    return requires_grad or forward_ad._current_level >= 0
 
 
 def _record(op: Op, compute: Callable[..., Any], values: tuple[Any, ...]) -> Any:
-    with enable_single_level_autograd_function():
-        return _Recorded.apply(op, compute, *values)
+    if torch._C._are_functorch_transforms_active():
+        with enable_single_level_autograd_function():
+            return _Recorded.apply(op, compute, *values)
+    return _Recorded.apply(op, compute, *values)
 
 
 def _autograd_kernel(op: Op, overload: torch._ops.OpOverload) -> Callable[..., Any]:

@@ -85,6 +85,17 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
   }
 }
 
+void dearest_first(std::vector<Unit>& units, const std::vector<double>& cost) {
+  if (std::equal(cost.begin() + (cost.empty() ? 0 : 1), cost.end(), cost.begin())) return;
+  std::vector<size_t> order(units.size());
+  for (size_t i = 0; i < order.size(); i++) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return cost[i] > cost[j]; });
+  std::vector<Unit> sorted;
+  sorted.reserve(units.size());
+  for (size_t i : order) sorted.push_back(units[i]);
+  units.swap(sorted);
+}
+
 std::vector<Unit> plan_units(const Attention& a) {
   // A unit's running values should stay in L2 beside the packed events: 128 KiB of them.
   const int64_t most_rows = std::clamp<int64_t>(131072 / (a.head_dim * 4), 64, 512);
@@ -117,15 +128,7 @@ std::vector<Unit> plan_units(const Attention& a) {
       }
     }
   }
-  if (!std::equal(cost.begin() + (cost.empty() ? 0 : 1), cost.end(), cost.begin())) {
-    std::vector<size_t> order(units.size());
-    for (size_t i = 0; i < order.size(); i++) order[i] = i;
-    std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return cost[i] > cost[j]; });
-    std::vector<Unit> sorted;
-    sorted.reserve(units.size());
-    for (size_t i : order) sorted.push_back(units[i]);
-    units.swap(sorted);
-  }
+  dearest_first(units, cost);
   return units;
 }
 

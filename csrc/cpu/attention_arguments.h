@@ -24,4 +24,7 @@ struct AttentionArguments {
 // Cuts a call into units, dearest first. Units of a user split its rows only, and only as far as the threads need.
 std::vector<Unit> plan_units(const Attention& attention);
 
+// Sorts units by their cost, for an even end: the last ones to be taken are cheap.
+void dearest_first(std::vector<Unit>& units, const std::vector<double>& cost);
+
 }  // namespace attnrec::cpu

@@ -8,6 +8,7 @@
 #include "cpu/arguments.h"
 #include "cpu/catalog_cross_entropy.h"
 #include "cpu/softmax_score.h"
+#include "cpu/target_attention_backward.h"
 
 namespace attnrec::cpu {
 
@@ -20,6 +21,10 @@ struct Kernels {
   double (*probe_read)(const void* memory, int64_t bytes, double* sink);
   double (*probe_exp2)(int64_t rounds, double* sink);
   int64_t (*target_attention)(const Attention&, const Unit&, void* memory, void* out, void* lse);
+  int64_t (*target_attention_backward)(const Attention&, const Unit&, void* memory, const AttentionGradients&,
+                                       const GradQuery&);
+  void (*target_attention_backward_add)(const void* parts, int64_t count, int64_t stride, int64_t n, Element,
+                                        void* out);
   int64_t (*target_attention_weights)(const Attention&, const Unit&, void* memory, const int64_t* offsets,
                                       void* weights);
   int64_t (*target_attention_top)(const Attention&, const Unit&, void* memory, int64_t top, void* weights,

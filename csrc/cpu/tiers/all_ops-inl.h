@@ -5,6 +5,7 @@
 #include "cpu/probes-inl.h"
 #include "cpu/softmax_score-inl.h"
 #include "cpu/target_attention-inl.h"
+#include "cpu/target_attention_backward-inl.h"
 #include "cpu/target_attention_top-inl.h"
 #include "cpu/target_attention_weights-inl.h"
 
@@ -19,6 +20,8 @@ constexpr Kernels make_kernels(const char* name) {
           probe_read<V>,
           probe_exp2<V>,
           target_attention_unit<V>,
+          target_attention_backward_unit<V>,
+          target_attention_backward_add<V>,
           target_attention_weights_unit<V>,
           target_attention_top_unit<V>,
           softmax_score_unit<V>,

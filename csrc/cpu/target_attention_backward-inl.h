@@ -1,0 +1,323 @@
+// target_attention, backward: a readout of the streaming softmax. With P = exp(s - lse) and delta = Σ_d
+// dO·out,
+//   dS = P ∘ (dO·Vᵀ - delta + grad_lse),  dQ = scale · dS·K,  dK = scale · dSᵀ·Q,  dV = Pᵀ·dO,  dbias =
+//   Σ_rows dS
+// (Dao et al. 2022, FlashAttention, algorithm 4). Scores are computed again, five products in all. A unit is
+// all rows of a user and a kv head against a range of events, so that what events get is summed by one thread
+// in row order.
+#pragma once
+
+#include "cpu/target_attention_backward.h"
+#include "cpu/target_attention_top-inl.h"
+
+namespace attnrec::cpu {
+namespace {
+
+template <class V>
+struct Backward {
+  using Real = typename V::Real;
+  static constexpr int W = V::kWidth;
+  // Rows whose P and dS are kept before they are multiplied into dV and dK: long sums, and 2 x 64 KiB of L2.
+  static constexpr int kChunk = 64 / V::kRows * V::kRows;
+
+  // Keys and values of 256 events, their gradients, and a chunk's P and dS stay in L2 together.
+  static int span(int head_dim) { return head_dim <= 64 ? 2 * kKeys : kKeys; }
+
+  Backward(Arena& arena, const Attention& attention, const AttentionGradients& gradients, const Unit& unit)
+      : a(attention), g(gradients), whole(unit), width(padded<V>(a.head_dim)) {
+    const int64_t events = unit.last_event - unit.first_event;
+    base = arena.take<Real>(unit.rows);
+    shift = arena.take<Real>(unit.rows);
+    grad_query = arena.take<Real>(static_cast<int64_t>(unit.rows) * width);
+    grad_key = arena.take<Real>(events * width);
+    grad_value = arena.take<Real>(events * width);
+    grad_bias = arena.take<Real>(a.key_bias ? round_up(events, kKeys) : 0);
+    value_panels = arena.take<Real>(static_cast<int64_t>(span(a.head_dim)) * a.head_dim);
+    copied = arena.take<Real>(static_cast<int64_t>(span(a.head_dim)) * width);
+    query = arena.take<Real>(int64_t{kChunk} * width);
+    grad_out = arena.take<Real>(int64_t{kChunk} * width);
+    grad_out_rows = arena.take<Real>(V::kRows * a.head_dim);
+    grad_weight = arena.take<Real>(V::kRows * kKeys);
+    weight = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
+    grad_score = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
+    self = arena.take<Real>(4 * int64_t{width});
+  }
+
+  void begin(const StreamScratch<V>& scratch) {
+    const int64_t events = whole.last_event - whole.first_event;
+    clear(grad_key, events * width);
+    clear(grad_value, events * width);
+    if (a.key_bias) clear(grad_bias, round_up(events, kKeys));
+    const bool with_self = a.self_key.data && whole.first_event == 0;
+    for (int r = 0; r < whole.rows; r++) {
+      const int64_t c = whole.candidate(r);
+      const int h = whole.query_head(r);
+      load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, grad_out);
+      load_row<V>(g.out.at(c, h, a.element), a.element, a.head_dim, 1, query);
+      base[r] = working(g.lse, c, h) * static_cast<Real>(kLog2E);
+      shift[r] = dot<V>(grad_out, query, width) - (g.grad_lse.data ? working(g.grad_lse, c, h) : 0);
+      clear(grad_query + static_cast<int64_t>(r) * width, width);
+      if (with_self) self_slot(r, scratch);
+    }
+  }
+
+  // The heads of `unit` come next: all of the whole unit, or one where each has its own bias.
+  void begin_heads(const Unit& u) {
+    unit = u;
+    row_step = whole.group / unit.group;
+  }
+
+  void pack(int64_t first, int n, const Real* hide) {
+    flush();
+    packed = first;
+    block = -1;
+    const int64_t event = a.kv_offsets[unit.user] + first;
+    pack_panels<V>(a.value.at(event, unit.kv_head, a.element), a.element, a.value.row_stride, n, a.head_dim,
+                   hide, value_panels);
+    key = event_rows<V>(a.key.at(event, unit.kv_head, a.element), a.element, a.key.row_stride, n, a.head_dim,
+                        hide, false, copied, &key_stride);
+  }
+
+  void tile(const Tile<V>& t) {
+    if (t.first_row != block) start_block(t);
+    scores<V>(t.rows, grad_out_rows, value_panels + static_cast<int64_t>(t.packed_event) * a.head_dim,
+              (most(t.seen, t.rows) + 2 * W - 1) / (2 * W), a.head_dim, grad_weight);
+    const int64_t at = (int64_t{t.packed_event} * kChunk) + int64_t{place} * kKeys;
+    int seen_here[V::kRows];
+    for (int r = 0; r < t.rows; r++) {
+      seen_here[r] = static_cast<int>(greatest(0, least(t.seen[r], seen[place + r] - t.packed_event)));
+      const int64_t row = whole_row(t.first_row + r);
+      const typename V::Reg lse = V::set1(base[row]), less = V::set1(shift[row]);
+      const Real *s = t.scores + r * kKeys, *dp = grad_weight + r * kKeys;
+      for (int i = 0; i < seen_here[r]; i += W) {
+        const typename V::Reg p = V::exp2(V::sub(V::load(s + i), lse));
+        typename V::Reg ds = V::mul(p, V::sub(V::load(dp + i), less));
+        if (i + W > seen_here[r]) ds = V::first(ds, seen_here[r] - i, 0);  // p is 0 there, but not 0 · NaN
+        V::store(weight + at + r * kKeys + i, p);
+        V::store(grad_score + at + r * kKeys + i, ds);
+      }
+    }
+    accumulate_seen<V>(t.rows, seen_here, grad_score + at, key + t.packed_event * key_stride, key_stride,
+                       width, grad_query + whole_row(t.first_row) * width,
+                       static_cast<int64_t>(row_step) * width);
+  }
+
+  void finish_heads() {
+    flush();
+    if (!a.key_bias) return;
+    for (int64_t event = whole.first_event; event < stored_end(); event++) {
+      Real* sum = grad_bias + (event - whole.first_event);
+      const int64_t row = a.kv_offsets[unit.user] + event;
+      const bool kept = event < whole.last_event && !hidden(event);
+      store_element<Real>(g.grad_key_bias, row * a.heads + unit.head, a.bias_element, kept ? *sum : 0);
+      if (event < whole.last_event) *sum = 0;
+    }
+  }
+
+  void finish(const GradQuery& to) {
+    const int D = a.head_dim;
+    for (int r = 0; r < whole.rows; r++) {
+      const int64_t row = (whole.candidate(r) - whole.first) * a.heads + whole.query_head(r);
+      store_scaled(grad_query + static_cast<int64_t>(r) * width, a.scale, to.element,
+                   static_cast<char*>(to.data) + row * D * element_bytes(to.element));
+    }
+    clear(self, width);
+    for (int64_t event = whole.first_event; event < stored_end(); event++) {
+      const bool exists = event < whole.last_event;
+      const int64_t i = (event - whole.first_event) * width;
+      const int64_t byte =
+          ((a.kv_offsets[whole.user] + event) * a.kv_heads + whole.kv_head) * D * element_bytes(a.element);
+      store_scaled(exists ? grad_key + i : self, a.scale, a.element, static_cast<char*>(g.grad_key) + byte);
+      store_scaled(exists ? grad_value + i : self, 1, a.element, static_cast<char*>(g.grad_value) + byte);
+    }
+  }
+
+ private:
+  static void clear(Real* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) V::store(p + i, V::zero());
+  }
+  static int most(const int* counts, int n) {
+    int highest = 0;
+    for (int i = 0; i < n; i++) highest = counts[i] > highest ? counts[i] : highest;
+    return highest;
+  }
+  static Real working(const Vectors& of, int64_t c, int h) {
+    constexpr Element element = sizeof(Real) == 8 ? Element::kFloat64 : Element::kFloat32;
+    return *static_cast<const Real*>(of.at(c, h, element));
+  }
+  // The row of the whole unit that a row of the heads in work is.
+  int64_t whole_row(int r) const { return int64_t{r} * row_step + (unit.head - whole.head); }
+  bool hidden(int64_t event) const {
+    if (!a.key_bias) return false;
+    const int64_t row = a.kv_offsets[unit.user] + event;
+    return load_element<Real>(a.key_bias, row * a.bias_row_stride + unit.head * a.bias_head_stride,
+                              a.bias_element) == -std::numeric_limits<Real>::infinity();
+  }
+  // The unit with the last events also writes the zeros of the room after them.
+  int64_t stored_end() const {
+    return whole.last_event == a.events(whole.user) ? a.room(whole.user) : whole.last_event;
+  }
+  void store_scaled(Real* row, double scale, Element element, void* to) const {
+    for (int d = 0; d < width; d += W)
+      V::store(row + d, V::mul(V::load(row + d), V::set1(static_cast<Real>(scale))));
+    store_row<V>(row, a.head_dim, element, to);
+  }
+
+  // Row r's gradients of its self slot; `grad_out` holds its dO. The heads of a candidate come one after
+  // another.
+  void self_slot(int r, const StreamScratch<V>& scratch) {
+    Real *self_key = self, *self_value = self + width, *dk = self + 2 * width, *dv = self + 3 * width;
+    const int64_t c = whole.candidate(r), result = c * a.kv_heads + whole.kv_head;
+    if (r % whole.group == 0) clear(dk, 2 * int64_t{width});
+    if (base[r] != -std::numeric_limits<Real>::infinity()) {
+      const Real p = exp2_of<V>(self_score<V>(a, whole, r, scratch) - base[r]);
+      load_row<V>(a.query.at(c, whole.query_head(r), a.element), a.element, a.head_dim, 1, query);
+      load_row<V>(a.self_key.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, self_key);
+      load_row<V>(a.self_value.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, self_value);
+      const Real ds = p * (dot<V>(grad_out, self_value, width) - shift[r]);
+      accumulate_block<V, 1>(&ds, 0, 0, self_key, width, 1, width,
+                             grad_query + static_cast<int64_t>(r) * width, width);
+      accumulate_block<V, 1>(&ds, 0, 0, query, width, 1, width, dk, width);
+      accumulate_block<V, 1>(&p, 0, 0, grad_out, width, 1, width, dv, width);
+    }
+    if ((r + 1) % whole.group == 0) {
+      const int64_t byte = result * a.head_dim * element_bytes(a.element);
+      store_scaled(dk, a.scale, a.element, static_cast<char*>(g.grad_self_key) + byte);
+      store_scaled(dv, 1, a.element, static_cast<char*>(g.grad_self_value) + byte);
+    }
+  }
+
+  // A new block of rows takes the next places of the chunk.
+  void start_block(const Tile<V>& t) {
+    if (filled + t.rows > kChunk) flush();
+    block = t.first_row;
+    place = filled;
+    filled += t.rows;
+    typename V::Reg check = V::zero();
+    for (int r = 0; r < t.rows; r++) {
+      const int64_t c = unit.candidate(block + r);
+      const int h = unit.query_head(block + r);
+      Real *q = query + static_cast<int64_t>(place + r) * width,
+           *d_out = grad_out + static_cast<int64_t>(place + r) * width;
+      load_row<V>(a.query.at(c, h, a.element), a.element, a.head_dim, 1, q);
+      load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, d_out);
+      interleave_row<V>(d_out, a.head_dim, r, grad_out_rows);
+      for (int d = 0; d < width; d += W) {
+        check = V::fma(V::load(q + d), V::zero(), V::fma(V::load(d_out + d), V::zero(), check));
+      }
+      // A row that sees nothing has lse = -inf and no gradients.
+      const bool sees = base[whole_row(block + r)] != -std::numeric_limits<Real>::infinity();
+      seen[place + r] = static_cast<int>(
+          sees ? greatest(0, least(span(a.head_dim), seen_events(a, unit, block + r) - packed)) : 0);
+    }
+    finite = finite && V::sum(check) == 0;
+  }
+
+  // Multiplies the chunk's P and dS into the gradients of the packed events.
+  void flush() {
+    const int all = most(seen, filled);
+    for (int begin = 0; begin < all; begin += kKeys) {
+      const int count = static_cast<int>(least(kKeys, all - begin));
+      Real *p = weight + int64_t{begin} * kChunk, *ds = grad_score + int64_t{begin} * kChunk;
+      for (int r = 0; r < filled; r++) {
+        const int64_t zeros = round_up(greatest(0, least(kKeys, seen[r] - begin)), W);
+        clear(p + r * kKeys + zeros, count - zeros);
+        clear(ds + r * kKeys + zeros, count - zeros);
+      }
+      // Rows that see none of these events are left out at both ends (visible = 1, 2, 3 …), and between them
+      // have zeros. Those would not do against a NaN: then each event takes its own rows only.
+      const int step = finite ? V::kRows : 1;
+      for (int e = 0; e < count; e += step) {
+        if (!finite && hidden(packed + begin + e)) continue;
+        const int events = static_cast<int>(least(step, count - e));
+        int first = 0, last = filled;
+        while (first < last && seen[first] <= begin + e) first++;
+        while (last > first && seen[last - 1] <= begin + e) last--;
+        for (int end; first < last; first = end) {
+          end = finite ? last : first + 1;
+          if (finite || seen[first] > begin + e) add_rows(first, end, events, p, ds, begin, e);
+        }
+      }
+      for (int i = 0; a.key_bias && i < count; i += W) {
+        Real* sum = grad_bias + (packed - whole.first_event) + begin + i;
+        typename V::Reg total = V::load(sum);
+        for (int r = 0; r < filled; r++) total = V::add(total, V::load(ds + r * kKeys + i));
+        V::store(sum, total);
+      }
+    }
+    filled = 0;
+    finite = true;
+  }
+
+  void add_rows(int first, int last, int events, const Real* p, const Real* ds, int begin, int e) {
+    const int64_t to = (packed - whole.first_event + begin + e) * width,
+                  from = static_cast<int64_t>(first) * width;
+    const int at = first * kKeys + e;
+    accumulate<V>(events, p + at, 1, kKeys, grad_out + from, int64_t{width}, last - first, width,
+                  grad_value + to, int64_t{width});
+    accumulate<V>(events, ds + at, 1, kKeys, query + from, int64_t{width}, last - first, width, grad_key + to,
+                  int64_t{width});
+  }
+
+  const Attention& a;
+  const AttentionGradients& g;
+  const Unit whole;
+  const int width;
+  // Of the whole unit's rows: lse in base 2, delta - grad_lse, dQ / scale. Of its events: dK / scale, dV,
+  // dbias.
+  Real *base, *shift, *grad_query, *grad_key, *grad_value, *grad_bias;
+  Real *value_panels, *copied;                   // of the packed events
+  Real *query, *grad_out, *weight, *grad_score;  // of the chunk's rows; P and dS as [tile][row][kKeys]
+  Real *grad_out_rows, *grad_weight;             // of the block
+  Real* self;
+
+  Unit unit;
+  int row_step = 1;
+  const Real* key = nullptr;
+  int64_t packed = 0, key_stride = 0;
+  int block = -1, place = 0, filled = 0;
+  bool finite = true;
+  int seen[kChunk] = {};  // of the packed events, by the rows of the chunk
+};
+
+template <class V>
+int64_t target_attention_backward_unit(const Attention& a, const Unit& unit, void* memory,
+                                       const AttentionGradients& g, const GradQuery& grad_query) {
+  Arena arena(memory);
+  StreamScratch<V> scratch(arena, Backward<V>::span(a.head_dim), a.head_dim);
+  Backward<V> readout(arena, a, g, unit);
+  if (!memory) return arena.used();
+  readout.begin(scratch);
+  const int group = a.key_bias ? 1 : unit.group;
+  for (int head = 0; head < unit.group; head += group) {
+    Unit heads = unit;
+    heads.rows = unit.rows / unit.group * group;
+    heads.group = group;
+    heads.head = unit.head + head;
+    readout.begin_heads(heads);
+    stream<V>(a, heads, scratch, readout);
+    readout.finish_heads();
+  }
+  readout.finish(grad_query);
+  return arena.used();
+}
+
+// out[i] = Σ_p parts[p · stride + i], p in order, for n numbers.
+template <class V>
+void target_attention_backward_add(const void* parts, int64_t count, int64_t stride, int64_t n,
+                                   Element element, void* out) {
+  using Real = typename V::Real;
+  for (int64_t i = 0; i < n; i += V::kWidth) {
+    const int left = static_cast<int>(least(V::kWidth, n - i));
+    typename V::Reg sum = V::zero();
+    for (int64_t p = 0; p < count; p++) {
+      sum = V::add(sum, load_part<V>(static_cast<const Real*>(parts) + p * stride + i, left));
+    }
+    Real row[V::kWidth];
+    V::store(row, sum);
+    store_row<V>(row, left, element, static_cast<char*>(out) + i * element_bytes(element));
+  }
+}
+
+}  // namespace
+}  // namespace attnrec::cpu

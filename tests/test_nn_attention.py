@@ -19,7 +19,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attnrec.nn import FusedMultiHeadAttention, pytorch_path
-from attnrec.nn.projections import cost_of_projected_history, cost_of_raw_history, prefers_raw_history
+from attnrec.nn.projections import (
+    CALLS_OF_RAW_HISTORY,
+    cost_of_projected_history,
+    cost_of_raw_history,
+    prefers_raw_history,
+)
 
 USERS, CANDIDATES, EVENTS = 3, 5, 7
 INF = float("inf")
@@ -307,15 +312,16 @@ def test_the_counts_decide_the_plan(fused_calls: list) -> None:
     """One candidate and a long history attend over the raw history; many candidates project it once."""
     # 64 events of 64 features and 1 candidate with 4 heads, by hand: 2 * 64 * 128 * 64 + 4 * 64 * 64
     # operations and 64 * (128 + 256) * 4 bytes, against 4 * 64 * 64 + 4 * 64 * 4 * 64 operations and
-    # (2 * 64 * 64 + 4 * 4 * 64) * 4 bytes.
+    # (2 * 64 * 64 + 4 * 4 * 64) * 4 bytes, and what its further calls cost.
     assert cost_of_projected_history(64, 64, 64, 64, 64, 4) == 1_064_960 + 5 * 98_304
-    assert cost_of_raw_history(1, 64, 64, 64, 4, 64, 4) == 81_920 + 5 * 36_864
-    assert prefers_raw_history(1, 64, 64, 64, 4, 64, 64, 4)
-    assert not prefers_raw_history(100, 64, 6_400, 64, 4, 64, 64, 4)
-    assert not prefers_raw_history(1, 64, 64, 64, 4, 64, 32, 4), "keys and values of different widths"
-    assert not prefers_raw_history(1, 64, 64, 512, 4, 512, 512, 4), "wider than a head may be"
+    assert cost_of_raw_history(1, 64, 64, 64, 4, 64, 4) == 81_920 + 5 * 36_864 + CALLS_OF_RAW_HISTORY
+    assert prefers_raw_history(2, 4_000, 4_000, 64, 4, 64, 64, 4)
+    assert not prefers_raw_history(1, 64, 64, 64, 4, 64, 64, 4), "too small to pay for further calls"
+    assert not prefers_raw_history(200, 4_000, 400_000, 64, 4, 64, 64, 4), "many candidates"
+    assert not prefers_raw_history(2, 4_000, 4_000, 64, 4, 64, 32, 4), "keys and values of different widths"
+    assert not prefers_raw_history(2, 4_000, 4_000, 512, 4, 512, 512, 4), "wider than a head may be"
     ours, theirs = make_pair(64, 4, batch_first=True)
-    history = torch.randn(2, 64, 64)
+    history = torch.randn(2, 2_000, 64)
     for candidates, heads_of_key in ((1, 1), (100, 4)):
         query = torch.randn(2, candidates, 64)
         got, _ = ours(query, history, history, need_weights=False)

@@ -232,7 +232,8 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
         padding = read_padding(key_padding_mask, users, events, query.device)
         q, k, v = _map_distinct(lambda x: x.flatten(0, 1), query, key, value)
         if padding.index is not None:
-            k, v = _map_distinct(lambda x: x.index_select(0, padding.index), k, v)
+            packed = k.index_select(0, padding.index)
+            k, v = packed, packed if v is k else v.index_select(0, padding.index)
         rows = Rows(
             q,
             k,
@@ -317,13 +318,14 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
         return None
 
 
-def _map_distinct(f: Callable[[Tensor], Tensor], *tensors: Tensor) -> list[Tensor]:
+def _map_distinct(
+    f: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """`f` of each tensor, once for what is one tensor, so that it stays one."""
-    done: list[Tensor] = []
-    for i, x in enumerate(tensors):
-        same = next((j for j in range(i) if tensors[j] is x), None)
-        done.append(f(x) if same is None else done[same])
-    return done
+    q = f(query)
+    k = q if key is query else f(key)
+    v = k if value is key else q if value is query else f(value)
+    return q, k, v
 
 
 def _averaged(weights: Tensor | None, average: bool) -> Tensor | None:

@@ -7,6 +7,7 @@
 
 #include "cpu/arguments.h"
 #include "cpu/catalog_cross_entropy.h"
+#include "cpu/catalog_topk.h"
 #include "cpu/softmax_score.h"
 #include "cpu/target_attention_backward.h"
 
@@ -38,6 +39,7 @@ struct Kernels {
                                               int64_t first, int64_t n, void* memory, double* logits);
   int64_t (*catalog_cross_entropy_backward)(const Attention&, const Unit&, void* memory, const CrossEntropyRows&,
                                             const CrossEntropyGradient&);
+  int64_t (*catalog_topk)(const Attention&, const Unit&, void* memory, const TopkOptions&, const TopkParts&);
 };
 
 // Best tier of this processor, or the one that ATTNREC_CPU_TIER names. Throws std::runtime_error where the variable

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/catalog_cross_entropy-inl.h"
+#include "cpu/catalog_topk-inl.h"
 #include "cpu/probes-inl.h"
 #include "cpu/softmax_score-inl.h"
 #include "cpu/target_attention-inl.h"
@@ -29,7 +30,8 @@ constexpr Kernels make_kernels(const char* name) {
           softmax_score_backward_unit<V>,
           catalog_cross_entropy_unit<V>,
           catalog_cross_entropy_target_logits<V>,
-          catalog_cross_entropy_backward_unit<V>};
+          catalog_cross_entropy_backward_unit<V>,
+          catalog_topk_unit<V>};
 }
 
 }  // namespace

@@ -1,0 +1,99 @@
+// catalog_topk: the readout that keeps each row's best items beside its running softmax.
+#pragma once
+
+#include "cpu/catalog_topk.h"
+#include "cpu/hidden_events-inl.h"
+#include "cpu/target_attention_top-inl.h"
+
+namespace attnrec::cpu {
+namespace {
+
+template <class V>
+struct TopkReadout {
+  using Real = typename V::Real;
+  static constexpr int W = V::kWidth;
+
+  TopkReadout(Arena& arena, const Unit& u, int span, const TopkOptions& of)
+      : unit(u), options(of), softmax(arena, u.rows), best(arena, u.rows, of.k) {
+    if (of.bias) bias = arena.take<Real>(span);
+  }
+
+  void begin() {
+    softmax.clear(unit.rows);
+    best.clear(unit.rows);
+  }
+
+  void pack(int64_t first_event, int n, const Real*) {
+    hidden = false;
+    if (!bias) return;
+    for (int i = 0; i < round_up(n, W); i++) {
+      bias[i] = i < n ? load_element<Real>(options.bias, (first_event + i) * options.bias_stride,
+                                           options.bias_element)
+                      : Real{0};
+      hidden |= bias[i] == -std::numeric_limits<Real>::infinity();
+    }
+  }
+
+  void tile(const Tile<V>& t) {
+    for (int r = 0; r < t.rows; r++) {
+      Real* z = t.scores + r * kKeys;
+      const int n = t.seen[r];
+      finish_logits(bias ? bias + t.packed_event : nullptr, n, z);
+      if (options.excluded) {
+        const int64_t* of_row = options.exclude_offsets + unit.first + t.first_row + r;
+        hide_listed(options.excluded + of_row[0], options.excluded + of_row[1], t.first_event, n, z);
+      }
+      if (options.k > 0) best.take(t.first_row + r, t.first_event, n, z);
+      softmax.step(softmax, t.first_row + r, n, z);
+    }
+  }
+
+  void finish_logits(const Real* added, int n, Real* z) {
+    if (options.temperature != 1) {
+      const typename V::Reg temperature = V::set1(static_cast<Real>(options.temperature));
+      for (int i = 0; i < n; i += W) V::store(z + i, V::load(z + i) / temperature);
+    }
+    if (!added) return;
+    for (int i = 0; i < n; i += W) V::store(z + i, V::add(V::load(z + i), V::load(added + i)));
+    // What a bias hides is not looked at: a NaN there plus -inf would be NaN.
+    for (int i = 0; hidden && i < n; i++) {
+      if (added[i] == -std::numeric_limits<Real>::infinity()) z[i] = added[i];
+    }
+  }
+
+  void finish(const TopkParts& parts) {
+    for (int r = 0; r < unit.rows; r++) {
+      parts.maximum[r] = softmax.maximum[r];
+      parts.sum[r] = softmax.sum(r);
+      parts.counts[r] = best.counts[r];
+      for (int64_t i = 0; i < best.counts[r]; i++) {
+        parts.scores[r * options.k + i] = best.of(r)[i].score;
+        parts.ids[r * options.k + i] = best.of(r)[i].event;
+      }
+    }
+  }
+
+  const Unit& unit;
+  const TopkOptions& options;
+  RunningSoftmax<V, true> softmax;
+  Heaviest<V> best;
+  Real* bias = nullptr;
+  bool hidden = false;  // some item of the packed ones by its bias
+};
+
+template <class V>
+int64_t catalog_topk_unit(const Attention& a, const Unit& unit, void* memory, const TopkOptions& options,
+                          const TopkParts& parts) {
+  const int span = packed_events<V>(unit.rows, a.head_dim);
+  Arena arena(memory);
+  StreamScratch<V> scratch(arena, span, a.head_dim);
+  TopkReadout<V> readout(arena, unit, span, options);
+  if (!memory) return arena.used();
+  readout.begin();
+  stream<V>(a, unit, scratch, readout);
+  readout.finish(parts);
+  return arena.used();
+}
+
+}  // namespace
+}  // namespace attnrec::cpu

@@ -1,0 +1,133 @@
+// attnrec::catalog_topk on the CPU.
+#include "cpu/catalog_topk.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "cpu/catalog_arguments.h"
+
+namespace attnrec::cpu {
+namespace {
+
+constexpr int64_t kUnits = 16;          // enough for the threads; each more starts its lists of the best anew
+constexpr int64_t kMostRows = 256;      // of a unit
+constexpr int64_t kFewestItems = 1024;  // likewise
+constexpr int64_t kListBytes = 8 << 20;    // of a unit's lists
+constexpr int64_t kPartsBytes = 64 << 20;  // of all units' lists
+
+struct Best {
+  double score;
+  int64_t id;
+};
+
+// Sorts each user's excluded ids.
+std::vector<int64_t> sorted_exclusions(const char* op, const Tensor& ids, const std::vector<int64_t>& offsets,
+                                       int64_t items) {
+  std::vector<int64_t> excluded = integers(op, "exclude_ids", ids, -1);
+  for (size_t i = 0; i < excluded.size(); i++) {
+    ATTNREC_CHECK(excluded[i] >= 0 && excluded[i] < items, op,
+                  "exclude_ids must be ids of the catalogue, from 0 to ", items - 1, ", got ", excluded[i],
+                  " at ", i);
+  }
+  for (size_t b = 0; b + 1 < offsets.size(); b++) {
+    std::sort(excluded.begin() + offsets[b], excluded.begin() + offsets[b + 1]);
+  }
+  return excluded;
+}
+
+// Scores are exact for the table as given: fp32 products and sums, whatever the batch. An item whose score is
+// NaN is never returned, as if it came last; lse is NaN then.
+std::tuple<Tensor, Tensor, Tensor> catalog_topk(Tensor users, Tensor catalog, int64_t k,
+                                                OptionalTensor exclude_ids, OptionalTensor exclude_offsets,
+                                                OptionalTensor bias, double temperature) {
+  const char* op = "catalog_topk";
+  CatalogArguments arguments(op, users, "catalog", catalog, temperature);
+  Attention& a = arguments.attention;
+  const int64_t batch = users.size(0), items = catalog.size(0);
+  ATTNREC_CHECK(k >= 0 && k <= items, op, "k must be from 0 to the size of the catalogue N = ", items,
+                ", got ", k);
+  ATTNREC_CHECK(exclude_ids.has_value() == exclude_offsets.has_value(), op,
+                exclude_ids ? "exclude_offsets" : "exclude_ids",
+                " must be given: exclude is a pair (ids, offsets)");
+  const std::vector<int64_t> kv_offsets{0, items};
+  a.kv_offsets = kv_offsets.data();
+  a.scale = 1;
+  TopkOptions options;
+  options.temperature = temperature;
+  std::vector<int64_t> offsets, excluded;
+  if (exclude_ids) {
+    offsets = offsets_of(op, "exclude_offsets", *exclude_offsets,
+                         exclude_ids->dim() == 1 ? exclude_ids->size(0) : -1, "exclude_ids");
+    ATTNREC_CHECK(static_cast<int64_t>(offsets.size()) == batch + 1, op,
+                  "exclude_offsets must have users + 1 = ", batch + 1, " elements, got ", offsets.size());
+    excluded = sorted_exclusions(op, *exclude_ids, offsets, items);
+    options.excluded = excluded.data();
+    options.exclude_offsets = offsets.data();
+  }
+  if (bias) {
+    options.bias_element = check_per_item(op, "bias", *bias, items, users);
+    options.bias = bias->const_data_ptr();
+    options.bias_stride = bias->stride(0);
+  }
+
+  // How rows and items are cut depends on the sizes alone. Which items are best does not depend on it at all,
+  // and lse only by rounding.
+  const int64_t entry = static_cast<int64_t>(sizeof(Best));
+  const int64_t rows = std::clamp<int64_t>(kListBytes / (entry * std::max<int64_t>(k, 1)), 8, kMostRows);
+  const int64_t groups = (batch + rows - 1) / rows;
+  const int64_t fit = kPartsBytes / (entry * std::max<int64_t>(k * batch, 1));
+  const int64_t wanted = (kUnits + groups - 1) / std::max<int64_t>(groups, 1);
+  const std::vector<int64_t> bounds =
+      chunk_bounds(items, std::max(kFewestItems, 4 * k), std::max<int64_t>(1, std::min(wanted, fit)));
+  const int64_t chunks = static_cast<int64_t>(bounds.size()) - 1;
+  options.k = chunks > 0 ? std::min(k, bounds[1]) : 0;
+
+  std::vector<double> scores(chunks * batch * options.k), maximum(chunks * batch), sum(chunks * batch);
+  std::vector<int64_t> ids(scores.size()), counts(chunks * batch);
+  const Kernels& tier = kernels(a.element);
+  for_each_unit(chunks * groups, [&](int64_t i) {
+    const int64_t chunk = i / groups, first = i % groups * rows, at = chunk * batch + first;
+    Unit unit;
+    unit.first = first;
+    unit.rows = static_cast<int>(std::min(rows, batch - first));
+    unit.first_event = bounds[chunk];
+    unit.last_event = bounds[chunk + 1];
+    const TopkParts parts{scores.data() + at * options.k, ids.data() + at * options.k, &counts[at],
+                          &maximum[at], &sum[at]};
+    void* memory = thread_scratch(tier.catalog_topk(a, unit, nullptr, options, parts));
+    tier.catalog_topk(a, unit, memory, options, parts);
+  });
+
+  const Element working = a.element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32;
+  Tensor best_scores = new_empty(users, {batch, k}, working_dtype(a.element));
+  Tensor best_ids = new_empty(users, {batch, k}, ScalarType::Long);
+  Tensor lse = new_empty(users, {batch}, working_dtype(a.element));
+  for_each_unit(batch, [&](int64_t b) {
+    std::vector<Best> best;
+    SoftmaxParts softmax;
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      const int64_t at = chunk * batch + b;
+      softmax.add(maximum[at], sum[at]);
+      for (int64_t i = 0; i < counts[at]; i++)
+        best.push_back({scores[at * options.k + i], ids[at * options.k + i]});
+    }
+    const auto before = [](const Best& x, const Best& y) {
+      return x.score > y.score || (x.score == y.score && x.id < y.id);
+    };
+    const int64_t found = std::min<int64_t>(k, static_cast<int64_t>(best.size()));
+    std::nth_element(best.begin(), best.begin() + found, best.end(), before);
+    std::sort(best.begin(), best.begin() + found, before);
+    for (int64_t i = 0; i < k; i++) {
+      const double score = i < found ? best[i].score : -std::numeric_limits<double>::infinity();
+      store_element<double>(best_scores.mutable_data_ptr(), b * k + i, working, score);
+      static_cast<int64_t*>(best_ids.mutable_data_ptr())[b * k + i] = i < found ? best[i].id : -1;
+    }
+    store_element<double>(lse.mutable_data_ptr(), b, working, softmax.lse());
+  });
+  return {best_scores, best_ids, lse};
+}
+
+}  // namespace
+}  // namespace attnrec::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(attnrec, CPU, m) { m.impl("catalog_topk", TORCH_BOX(&attnrec::cpu::catalog_topk)); }

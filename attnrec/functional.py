@@ -197,6 +197,8 @@ def catalog_topk(
         float32 (float64 for float64). `lse` runs over all items that are not excluded, so that `exp(score -
         lse)` is a probability. Where fewer than k are left: score -inf and id -1. Forward only.
     """
+    if exclude is not None and not (isinstance(exclude, tuple | list) and len(exclude) == 2):
+        raise TypeError(f"catalog_topk: exclude must be a pair (ids, offsets), got {type(exclude).__name__}")
     exclude_ids, exclude_offsets = (None, None) if exclude is None else exclude
     return ops.call(
         "catalog_topk",
@@ -245,11 +247,19 @@ def catalog_cross_entropy(
         The loss, float32 (float64 for float64). "mean" over no rows is NaN, as in torch.
     """
     if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+        raise ValueError(
+            f"catalog_cross_entropy: reduction must be 'none', 'mean' or 'sum', got {reduction!r}"
+        )
+    if logq is not None and isinstance(logq, Tensor) and logq.requires_grad:
+        raise ValueError(
+            "catalog_cross_entropy: logq must not require a gradient, which it has not: detach it"
+        )
     in_batch = isinstance(negatives, str)
     if in_batch:
         if negatives != "in-batch":
-            raise ValueError(f"negatives must be a tensor of ids or 'in-batch', got {negatives!r}")
+            raise ValueError(
+                f"catalog_cross_entropy: negatives must be a tensor of ids or 'in-batch', got {negatives!r}"
+            )
         negatives = target
     loss, _ = ops.call(
         "catalog_cross_entropy",

@@ -71,6 +71,8 @@ def _looks_dense(query: Any, key: Any, value: Any, options: dict[str, Tensor | N
         and isinstance(key, Tensor)
         and query.dim() == key.dim() == 4
         and query.shape[0] == key.shape[0]
+        and key.shape[1] > 0
+        and query.shape[1] % key.shape[1] == 0
         and (value is None or (isinstance(value, Tensor) and value.shape == key.shape))
         and all(x is None for x in options.values())
     )

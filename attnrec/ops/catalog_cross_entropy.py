@@ -36,8 +36,6 @@ def check(
     for name, per_item in (("bias", bias), ("logq", logq)):
         if per_item is not None:
             checked.tensor(name, per_item, "[N]", (items,), (torch.float32, users.dtype))
-    if logq is not None and logq.requires_grad and torch.is_grad_enabled():
-        checked.fail("logq", "not require a gradient: it has none, detach it", "requires_grad=True")
     if isinstance(label_smoothing, int | float) and not 0.0 <= label_smoothing <= 1.0:
         checked.fail("label_smoothing", "be from 0 to 1", label_smoothing)
     if negatives is not None:

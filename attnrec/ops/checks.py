@@ -85,7 +85,9 @@ class Check:
             self.fail(name, f"have shape {dims} = [{wanted}]", list(x.shape))
 
     def number(self, name: str, x: Any, *, above: float | None = None) -> None:
-        """A finite number, above a bound; symbolic ones, of a tracer, pass."""
+        """A finite number, above a bound; of a tracer's symbolic ones only the type is checked."""
+        if isinstance(x, bool) or not isinstance(x, int | float | torch.SymInt | torch.SymFloat):
+            self.fail(name, "be a number", type(x).__name__, TypeError)
         if not isinstance(x, int | float):
             return
         if not math.isfinite(x) or (above is not None and x <= above):

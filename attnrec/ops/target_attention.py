@@ -34,8 +34,8 @@ def check(
     same_dtype = (query.dtype,)
     checked.tensor("key", key, "[T_l, H_kv, D]", (None, None, dim), same_dtype)
     events, kv_heads, _ = key.shape
-    if dim < 1:
-        checked.fail("query", "have a head dim D of at least 1", dim)
+    if not 1 <= dim <= 256:
+        checked.fail("query", "have a head dim D from 1 to 256", dim)
     if kv_heads < 1 or heads < 1 or heads % kv_heads != 0:
         checked.fail(
             "query", f"have a number of heads H that is a multiple of key's H_kv = {kv_heads}", heads
@@ -45,7 +45,8 @@ def check(
         checked.fail("q_offsets", "have shape [B + 1]: at least one element", list(q_offsets.shape))
     bounds = q_offsets.shape[0]
     checked.tensor("kv_offsets", kv_offsets, "[B + 1]", (bounds,), INTEGERS)
-    checked.number("scale", scale)
+    if scale is not None:
+        checked.number("scale", scale)
     if kv_lengths is not None:
         checked.tensor("kv_lengths", kv_lengths, "[B]", (bounds - 1,), INTEGERS)
     if visible is not None:

@@ -10,14 +10,16 @@ from attnrec.ops import target_attention
 from attnrec.ops.checks import Check
 from attnrec.ops.op import Op, casts
 
+FUNCTION = "target_attention_weights"  # the public one, of both ops
+
 
 def check(values: bool, **arguments: Any) -> None:
-    target_attention.check(values, op="target_attention_weights", **arguments)
+    target_attention.check(values, op=FUNCTION, **arguments)
 
 
 def check_top(values: bool, top: Any, **arguments: Any) -> None:
-    target_attention.check(values, op="target_attention_top", **arguments)
-    checked = Check("target_attention_top", ("query", arguments["query"]))
+    target_attention.check(values, op=FUNCTION, **arguments)
+    checked = Check(FUNCTION, ("query", arguments["query"]))
     if isinstance(top, bool) or not isinstance(top, int | torch.SymInt):
         checked.fail("top", "be an integer", type(top).__name__, TypeError)
     if isinstance(top, int) and top < 0:

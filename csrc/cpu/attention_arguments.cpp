@@ -23,6 +23,7 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
   a.head_dim = static_cast<int>(D);
   a.heads = static_cast<int>(query.size(1));
   a.kv_heads = static_cast<int>(key.size(1));
+  ATTNREC_CHECK(!scale || std::isfinite(*scale), op, "scale must be finite, got ", *scale);
   a.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(D)));
   a.query = vectors_of(query, kept);
   a.key = vectors_of(key, kept);

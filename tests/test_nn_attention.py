@@ -6,8 +6,10 @@ import copy
 import io
 import itertools
 import pickle
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -546,3 +548,14 @@ def test_errors_name_the_argument() -> None:
     shorter = torch.nested.nested_tensor([v[0, 1:], v[1]], layout=torch.jagged)
     with pytest.raises(ValueError, match="value must have as many rows"):
         ours(nested[0], nested[1], shorter)
+
+
+def test_the_examples_of_the_documentation_run() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "drop-in.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 4
+    names: dict[str, Any] = {}
+    for example in examples:
+        exec(example, names)
+    assert names["out"].is_nested
+    assert names["weights"].shape == (3, 70, 70)

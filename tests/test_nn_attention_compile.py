@@ -155,6 +155,36 @@ def test_functional_gradient(need_weights: bool) -> None:
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_vmap_keeps_the_gradient(need_weights: bool) -> None:
+    module, _ = make_pair(batch_first=True, add_zero_attn=True)
+    batches = torch.randn(3, 2, EVENTS, DIM)
+    grads = []
+    for mapped in (True, False):
+        module.zero_grad()
+
+        def run(x: Tensor) -> Tensor:
+            return module(x, x, x, need_weights=need_weights)[int(need_weights)]
+
+        result = torch.vmap(run)(batches) if mapped else torch.stack([run(x) for x in batches])
+        result.sin().sum().backward()
+        grads.append(module.in_proj_weight.grad.clone())
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert (grads[0] != 0).any()
+
+
+def test_higher_derivatives_raise() -> None:
+    module, _ = make_pair(batch_first=True)
+    x = torch.randn(2, EVENTS, DIM, requires_grad=True)
+    for need_weights in (False, True):
+        result = module(x, x, x, need_weights=need_weights)[int(need_weights)]
+        grad = torch.autograd.grad(result.sin().sum(), x, create_graph=True)[0]
+        with pytest.raises(NotImplementedError, match="second-order"):
+            grad.sum().backward()
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda y, w=need_weights: module(y, y, y, need_weights=w)[int(w)], (x,), (x,))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("added", [False, True], ids=["", "added"])

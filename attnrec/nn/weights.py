@@ -33,13 +33,10 @@ def differentiable_weights(
         weights, _ = target_attention_weights(
             query, key, q_offsets, kv_offsets, scale=scale, self_key=self_key, key_bias=key_bias, **options
         )
-    inputs = (query, key, key_bias, lse)
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
-        return weights
-    # A compiler refuses the same tensor twice.
-    return _WithGradient.apply(
-        weights, *inputs, q_offsets, None if kv_offsets is q_offsets else kv_offsets, even, scale
-    )
+    if not torch.is_grad_enabled():
+        return weights  # and no look at requires_grad, which is False of what torch.vmap maps over
+    other_offsets = None if kv_offsets is q_offsets else kv_offsets  # a compiler refuses one tensor twice
+    return _WithGradient.apply(weights, query, key, key_bias, lse, q_offsets, other_offsets, even, scale)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -49,6 +46,8 @@ class _WithGradient(torch.autograd.Function):
     the log-sum-exp (the other events, the self slot) is `target_attention`'s to differentiate. This runs for
     a loss that looks at the weights, and for no other; then it forms their gradients in memory.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(weights: Tensor, *_: Any) -> Tensor:

@@ -71,7 +71,7 @@ def _shown(events: Tensor, bias: Tensor | None) -> Tensor:
 def _scores(
     query: Tensor, key: Tensor, scale: float | None, bias: Tensor | None, self_key: Tensor | None
 ) -> Tensor:
-    """Scores `[c, H, n]` of `query [c, H, D]` for the events `key [n, H_kv, D]`; the self slot's come last."""
+    """Scores `[c, H, n]` of `query [c, H, D]` for events `key [n, H_kv, D]`; the self slot's come last."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     group = query.shape[1] // key.shape[1]
     key = _shown(key.repeat_interleave(group, dim=1), bias)

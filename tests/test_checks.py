@@ -213,7 +213,7 @@ def test_an_option_that_does_not_exist_is_a_type_error(option):
 
 def test_label_smoothing_with_negatives(backend):
     skip_without_kernel(backend, "catalog_cross_entropy")
-    with pytest.raises(ValueError, match="label_smoothing must be 0 with negatives, got 0.1"):
+    with pytest.raises(ValueError, match=r"label_smoothing must be 0 with negatives, got 0.1"):
         attnrec.catalog_cross_entropy(
             **arguments("catalog_cross_entropy", negatives="in-batch", label_smoothing=0.1)
         )

@@ -1,7 +1,8 @@
 """What the project knows of an op: its meaning, its checks, its shapes, its gradient."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,28 +94,34 @@ def gradients_by_autograd(
 ) -> tuple[Tensor, ...]:
     """The reference's gradients: the forward pass again, then PyTorch's autograd."""
     leaves = {name: arguments[name].detach().requires_grad_() for name in of if arguments[name] is not None}
-    with torch.enable_grad():
+    with _recording():
         result = reference(**(arguments | leaves))
         outputs = result if isinstance(result, tuple) else (result,)
-        # An output that depends on nothing (a batch without rows) has no gradient to give.
-        used = [
-            (out, grad)
-            for out, grad in zip(outputs, grads, strict=True)
-            if grad is not None and out.requires_grad
-        ]
-        found = (
-            torch.autograd.grad(
+        # A batch without rows has outputs without elements, which depend on nothing.
+        pairs = zip(outputs, grads, strict=True)
+        used = [(out, grad) for out, grad in pairs if grad is not None and out.numel() > 0]
+        if used:
+            found = torch.autograd.grad(
                 [out for out, _ in used],
                 list(leaves.values()),
                 [grad for _, grad in used],
                 allow_unused=True,
                 materialize_grads=True,
             )
-            if used
-            else [torch.zeros_like(x) for x in leaves.values()]
-        )
+        else:
+            found = tuple(torch.zeros_like(x) for x in leaves.values())
     by_name = dict(zip(leaves, found, strict=True))
-    first = next(iter(leaves.values()))
-    return tuple(
-        by_name[name].contiguous() if name in by_name else first.new_empty(0).detach() for name in of
+    absent = next(iter(leaves.values())).detach().new_empty(0)
+    return tuple(by_name[name].contiguous() if name in by_name else absent.clone() for name in of)
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, also inside an op: compiled graphs run their ops with it cut off for the thread."""
+    included, excluded = (
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C._dispatch_tls_local_exclude_set(),
     )
+    autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(included, excluded - autograd):
+        yield

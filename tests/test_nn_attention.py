@@ -19,8 +19,9 @@ from helpers_nn import DIM, HEADS, assert_same, causal, forced_plan, make_pair, 
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnrec.nn import FusedMultiHeadAttention, pytorch_path
+from attnrec.nn import FusedMultiHeadAttention, masks, pytorch_path
 from attnrec.nn.projections import (
     CALLS_OF_RAW_HISTORY,
     cost_of_projected_history,
@@ -106,16 +107,16 @@ MASKS_OF_PYTORCH = ["any_2d", "any_3d", "bias_2d", "bias_3d_padding"]
 
 @pytest.mark.parametrize("batch", ["batch_first", "sequence_first", "unbatched"])
 @pytest.mark.parametrize("same", ["self", "shared", "apart"])
-@pytest.mark.parametrize("masks", MASKS + MASKS_OF_PYTORCH)
+@pytest.mark.parametrize("kind", MASKS + MASKS_OF_PYTORCH)
 @pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
-def test_grid(masks: str, same: str, batch: str, fused_calls: list) -> None:
+def test_grid(kind: str, same: str, batch: str, fused_calls: list) -> None:
     """Results and gradients for every combination of torch's arguments, in float64."""
     users = 1 if batch == "unbatched" else USERS
     candidates, events = (EVENTS, EVENTS) if same == "self" else (CANDIDATES, EVENTS)
     widths = [{}] if same == "self" else [{}, {"kdim": 24, "vdim": 24}]
     if same == "apart":
         widths.append({"kdim": 12, "vdim": 20})
-    call = make_masks(masks, users, candidates, events)
+    call = make_masks(kind, users, candidates, events)
     runs = 0
     for width, bias, bias_kv, zero, (need, average) in itertools.product(
         widths,
@@ -141,20 +142,20 @@ def test_grid(masks: str, same: str, batch: str, fused_calls: list) -> None:
         got = results(ours, inputs, same, look_at_weights=need, need_weights=need, **given)
         assert_same(got, wanted, f"{arguments} need_weights={need}")
         runs += 1
-    assert len(fused_calls) == (0 if masks in MASKS_OF_PYTORCH else runs)
+    assert len(fused_calls) == (0 if kind in MASKS_OF_PYTORCH else runs)
 
 
 @both_plans
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("masks", ["none", "padding", "causal"])
+@pytest.mark.parametrize("kind", ["none", "padding", "causal"])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_low_precision(masks: str, dtype: torch.dtype, need_weights: bool, raw_history: bool) -> None:
+def test_low_precision(kind: str, dtype: torch.dtype, need_weights: bool, raw_history: bool) -> None:
     """Not further from float64 than torch's module in the same dtype, by a factor of 2 (gradients 3)."""
     users, candidates, events = 4, 33, 65
     ours, theirs = make_pair(64, 4, dtype=dtype, batch_first=True, add_bias_kv=not raw_history)
     exact = copy.deepcopy(theirs).double()
     inputs = [torch.randn(users, n, 64).to(dtype) for n in (candidates, events, events)]
-    call = {**make_masks(masks, users, candidates, events), "need_weights": need_weights}
+    call = {**make_masks(kind, users, candidates, events), "need_weights": need_weights}
     got, plain = (results(module, inputs, "apart", **call) for module in (ours, theirs))
     wanted = results(exact, [x.double() for x in inputs], "apart", **call)
     for name, x in wanted.items():
@@ -202,13 +203,13 @@ def test_any_shape(
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("masks", ["padding", "any"])
+@pytest.mark.parametrize("kind", ["padding", "any"])
 @pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
-def test_query_that_sees_nothing(masks: str, need_weights: bool) -> None:
+def test_query_that_sees_nothing(kind: str, need_weights: bool) -> None:
     """It gets the output projection of zeros, zero weights and finite gradients, on both paths."""
     ours, _ = make_pair(batch_first=True)
     query, history = torch.randn(2, 4, DIM, requires_grad=True), torch.randn(2, 6, DIM, requires_grad=True)
-    if masks == "padding":
+    if kind == "padding":
         call = {"key_padding_mask": torch.tensor([[False] * 6, [True] * 6])}
         empty = torch.tensor([[False] * 4, [True] * 4])
     else:
@@ -246,6 +247,30 @@ def test_padding_is_never_computed_with(raw_history: bool, fused_calls: list) ->
     assert history.grad[~hidden].isfinite().all()
     assert all(p.grad.isfinite().all() for p in ours.parameters())
     assert fused_calls[0]["key"].shape[0] == int((~hidden).sum())
+
+
+@pytest.mark.parametrize("kind", ["padding", "padding_float", "padding_bias", "causal_float_hint"])
+def test_masks_that_cannot_be_read(kind: str, monkeypatch: pytest.MonkeyPatch, fused_calls: list) -> None:
+    """As on an accelerator, where looking at a mask would cost a synchronisation."""
+    monkeypatch.setattr(masks, "readable", lambda _: False)
+    ours, theirs = make_pair(batch_first=True, dtype=torch.float64)
+    inputs = [torch.randn(USERS, n, DIM, dtype=torch.float64) for n in (CANDIDATES, EVENTS)]
+    call = make_masks(kind, USERS, CANDIDATES, EVENTS)
+    assert_same(results(ours, inputs, "shared", **call), results(theirs, inputs, "shared", **call))
+    assert len(fused_calls) == 1
+
+
+def test_reads_no_value_of_a_fake_tensor() -> None:
+    """A fake tensor has none: what passes here costs no synchronisation on an accelerator."""
+    ours = FusedMultiHeadAttention(DIM, HEADS, batch_first=True, add_zero_attn=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x, hidden = torch.randn(2, 6, DIM), torch.zeros(2, 6, dtype=torch.bool)
+        mask = torch.zeros(6, 6)
+        call = {"key_padding_mask": hidden, "attn_mask": mask, "is_causal": True, "need_weights": False}
+        assert ours(x, x, x, **call)[0].shape == (2, 6, DIM)
+        rows = x.flatten(0, 1), make_offsets([5, 7])
+        call = {"q_offsets": rows[1], "is_causal": True, "need_weights": False}
+        assert ours(rows[0], rows[0], rows[0], **call)[0].shape == (12, DIM)
 
 
 def test_gradient_of_a_float_mask() -> None:
@@ -290,12 +315,12 @@ def test_eval_without_gradients_as_torchs_fast_path() -> None:
 @both_plans
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("same", ["shared", "apart"])
-@pytest.mark.parametrize("masks", ["none", "padding", "padding_bias", "causal_padding"])
-def test_both_plans_agree(masks: str, same: str, bias: bool, raw_history: bool, fused_calls: list) -> None:
+@pytest.mark.parametrize("kind", ["none", "padding", "padding_bias", "causal_padding"])
+def test_both_plans_agree(kind: str, same: str, bias: bool, raw_history: bool, fused_calls: list) -> None:
     ours, theirs = make_pair(bias=bias, kdim=24, vdim=24, dtype=torch.float64, batch_first=True)
     shapes = [(CANDIDATES, DIM), (EVENTS, 24), (EVENTS, 24)]
     inputs = [torch.randn(USERS, *shape, dtype=torch.float64) for shape in shapes]
-    call = make_masks(masks, USERS, CANDIDATES, EVENTS)
+    call = make_masks(kind, USERS, CANDIDATES, EVENTS)
     assert_same(results(ours, inputs, same, **call), results(theirs, inputs, same, **call))
     key = fused_calls[0]["key"]
     assert key.shape[1:] == ((1, 24) if raw_history else (HEADS, DIM // HEADS))

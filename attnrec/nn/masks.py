@@ -109,7 +109,7 @@ def read_attn_mask(mask: Tensor, is_causal: bool, users: int, heads: int) -> Ten
     hidden = hidden_by(mask)
     if bool((hidden[..., :-1] & ~hidden[..., 1:]).any()):
         return None  # an event is seen after a hidden one
-    if mask.dtype != torch.bool and bool((mask.masked_fill(hidden, 0) != 0).any()):
+    if mask.dtype != torch.bool and not bool((mask == 0).logical_or_(hidden).all()):
         return None
     visible = events - hidden.sum(-1)
     if mask.dim() == 2:

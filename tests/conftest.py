@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 import attnrec
 from attnrec._extension import extension, reason
+
+# benches/ is not installed. Behind everything else, so that this tree's attnrec takes no other one's place.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 # Shapes come from hypothesis. The first call of a shape may compile or page in, so no deadline; in CI the
 # same examples each time, so that a red run is repeated by running it again.
@@ -48,3 +54,24 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def peak_memory():
+    """`with peak_memory() as grown: ...; grown()`: by how many bytes the peak of resident memory in the block
+    lies above what was resident before it."""
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
+
+    @contextmanager
+    def measured():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        except OSError:
+            pytest.skip("this system cannot reset the peak of resident memory")
+        before = status("VmRSS")
+        yield lambda: status("VmHWM") - before
+
+    return measured

@@ -197,12 +197,10 @@ struct CrossEntropyGradientReadout {
 
   // Held rows, `count` from the unit's row `first` on, to the sums of the packed items.
   void add_to_items(int first, int count) {
-    if (gradient.bias) {
-      for (int r = 0; r < count; r++) {
-        const Real* d = held + static_cast<int64_t>(r) * stride;
-        for (int i = 0; i < packed; i += W)
-          V::store(bias_sums + i, V::add(V::load(bias_sums + i), V::load(d + i)));
-      }
+    for (int i = 0; gradient.bias && i < packed; i += W) {
+      typename V::Reg sum = V::zero();
+      for (int r = 0; r < count; r++) sum = V::add(sum, V::load(held + static_cast<int64_t>(r) * stride + i));
+      V::store(bias_sums + i, V::add(V::load(bias_sums + i), sum));
     }
     if (!gradient.table) return;
     for (int r = 0; r < count; r++) {

@@ -242,10 +242,10 @@ void scatter_to_items(const CrossEntropyArguments& arguments, const std::vector<
   for_each_unit(static_cast<int64_t>(starts.size()) - 1, [&](int64_t s) {
     const int64_t id = id_of(order[starts[s]]);
     std::vector<Real> sum(table ? D : 0);
-    Real bias_sum = 0;
+    double bias_sum = 0;
     for (int64_t i = starts[s]; i < starts[s + 1]; i++) {
       const int64_t row = order[i] - M;
-      if (bias) bias_sum += row < 0 ? bias_of_negatives[order[i]] : static_cast<Real>(target_grad[row]);
+      if (bias) bias_sum += row < 0 ? bias_of_negatives[order[i]] : target_grad[row];
       for (int64_t d = 0; table && d < D; d++) {
         sum[d] += row < 0 ? of_negatives[order[i] * D + d]
                           : static_cast<Real>(target_grad[row] * a.scale) *
@@ -351,7 +351,7 @@ std::tuple<Tensor, Tensor, Tensor> catalog_cross_entropy_backward(
         }
       });
     }
-    if (arguments.sampled) {
+    if (arguments.sampled && rows > 0) {
       scatter_to_items<Real>(arguments, target_grad, static_cast<const Real*>(item_grad.const_data_ptr()),
                              bias_sums, needs_table ? grad_table.mutable_data_ptr() : nullptr,
                              bias ? grad_bias.mutable_data_ptr() : nullptr, arguments.bias_element);

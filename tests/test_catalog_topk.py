@@ -1,0 +1,296 @@
+"""`catalog_topk` against sorting the scores, and what its contract says beside the numbers."""
+
+import pytest
+import torch
+from helpers import DTYPES, assert_close_to_reference, make_offsets
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attnrec
+from attnrec import reference
+
+INF, NAN = float("inf"), float("nan")
+
+
+def by_sorting(users, catalog, k, *, exclude=None, bias=None, temperature=1.0):
+    """The reference in float64."""
+    ids, offsets = (None, None) if exclude is None else exclude
+    bias = None if bias is None else bias.double()
+    return reference.catalog_topk(
+        users.double(),
+        catalog.double(),
+        k,
+        exclude_ids=ids,
+        exclude_offsets=offsets,
+        bias=bias,
+        temperature=temperature,
+    )
+
+
+def integers(*shape, dtype=torch.float32, seed=0, largest=3):
+    """Small integers: every product and sum of them is exact, and there are many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-largest, largest + 1, shape, generator=generator).to(dtype)
+
+
+def exclusions(batch, items, most, seed=0, dtype=torch.int64):
+    """Up to `most` ids a user, in any order, with repeats; every third user has none."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = [
+        0 if b % 3 == 2 else int(torch.randint(0, most + 1, (), generator=generator)) for b in range(batch)
+    ]
+    ids = torch.randint(0, max(items, 1), (sum(counts),), generator=generator)
+    return ids.to(dtype), make_offsets(counts, dtype)
+
+
+def options_for(names, batch, items, seed=0):
+    """Options by name; a bias of integers, so that scores stay exact."""
+    options = {}
+    if "exclude" in names:
+        options["exclude"] = exclusions(batch, items, 40, seed)
+    if "bias" in names:
+        hidden = torch.rand(items, generator=torch.Generator().manual_seed(seed)) < 0.1
+        options["bias"] = integers(items, seed=seed + 1, largest=5).masked_fill(hidden, -INF)
+    if "temperature" in names:
+        options["temperature"] = 0.07
+    return options
+
+
+def check_exactly(users, catalog, k, **options):
+    scores, ids, lse = attnrec.catalog_topk(users, catalog, k, **options)
+    exact_scores, exact_ids, exact_lse = by_sorting(users, catalog, k, **options)
+    wide = torch.float64 if users.dtype == torch.float64 else torch.float32
+    assert (scores.dtype, ids.dtype, lse.dtype) == (wide, torch.int64, wide)
+    assert torch.equal(ids, exact_ids)
+    torch.testing.assert_close(scores, exact_scores.to(wide), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse, exact_lse.to(wide), rtol=1e-5, atol=1e-5)
+    return scores, ids, lse
+
+
+OPTIONS = [
+    (),
+    ("exclude",),
+    ("bias",),
+    ("temperature",),
+    ("exclude", "bias"),
+    ("exclude", "bias", "temperature"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("names", OPTIONS, ids=lambda names: "+".join(names) or "plain")
+def test_exact_with_many_ties(dtype, names):
+    users, catalog = integers(7, 12, dtype=dtype), integers(700, 12, dtype=dtype, seed=1)
+    check_exactly(users, catalog, 50, **options_for(names, 7, 700))
+
+
+@pytest.mark.parametrize("items", [1, 2, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("batch", [1, 9])
+def test_sizes_around_tiles_and_chunks(items, batch):
+    users, catalog = integers(batch, 8, seed=2), integers(items, 8, seed=3)
+    for k in {0, 1, min(10, items), items}:
+        check_exactly(users, catalog, k, **options_for(("exclude", "bias"), batch, items))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 8, 9, 255, 256, 257, 600])
+def test_batches_around_groups_of_rows(batch):
+    users, catalog = integers(batch, 8, seed=4), integers(3000, 8, seed=5)
+    check_exactly(users, catalog, 20, **options_for(("exclude",), batch, 3000))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8, 15, 16, 17, 33, 64, 100, 128, 256, 300])
+def test_every_dim(dim):
+    check_exactly(integers(5, dim, seed=6), integers(1100, dim, seed=7), 30)
+
+
+@given(
+    batch=st.integers(0, 20),
+    items=st.integers(0, 400),
+    share=st.sampled_from([0.0, 0.01, 0.3, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    names=st.sampled_from(OPTIONS),
+    seed=st.integers(0, 2**31),
+)
+def test_random_sizes(batch, items, share, dtype, names, seed):
+    users, catalog = (
+        integers(batch, 8, dtype=dtype, seed=seed),
+        integers(items, 8, dtype=dtype, seed=seed + 1),
+    )
+    check_exactly(users, catalog, round(share * items), **options_for(names, batch, items, seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_and_lse_of_real_numbers(dtype):
+    generator = torch.Generator().manual_seed(0)
+    users = torch.randn(20, 48, generator=generator).to(dtype)
+    catalog = torch.randn(3000, 48, generator=generator).to(dtype)
+    bias = torch.randn(3000, generator=generator)
+    scores, ids, lse = attnrec.catalog_topk(users, catalog, 100, bias=bias, temperature=3.0)
+    plain = reference.catalog_topk(users, catalog, 100, bias=bias, temperature=3.0)
+    exact = by_sorting(users, catalog, 100, bias=bias, temperature=3.0)
+    assert_close_to_reference(scores, plain[0], exact[0], what="scores")
+    assert_close_to_reference(lse, plain[2], exact[2], what="lse")
+    # Where the order differs from float64's, the two scores are nearer than a rounding error.
+    logits = (users.double() @ catalog.double().T) / 3.0 + bias.double()
+    of_ids = logits.gather(1, ids)
+    assert (of_ids - exact[0]).abs().max() <= 1e-5
+    assert all(len(set(row)) == 100 for row in ids.tolist())
+    probabilities = (scores.double() - lse.double().unsqueeze(1)).exp()
+    torch.testing.assert_close(probabilities, logits.softmax(1).gather(1, ids), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "all equal", "two values"])
+def test_adversarial_orders(order):
+    values = {
+        "rising": torch.arange(5000.0),
+        "falling": torch.arange(5000.0).flip(0),
+        "all equal": torch.ones(5000),
+        "two values": (torch.arange(5000) % 2).float(),
+    }[order]
+    check_exactly(torch.tensor([[1.0], [0.0], [-1.0]]) / 5000, values.unsqueeze(1), 300)
+
+
+def test_ties_go_to_the_lower_id_at_every_temperature():
+    """Equal products of different factors: scaling the users first would round them apart."""
+    catalog = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 1.0]] * 300)
+    users = torch.full((2, 2), 3.0)
+    for temperature in (1.0, 0.07, 0.3, 11.0):
+        _, ids, _ = attnrec.catalog_topk(users, catalog, 1200, temperature=temperature)
+        assert torch.equal(ids, torch.arange(1200).expand(2, 1200))
+
+
+def test_fewer_than_k_are_left():
+    users, catalog = integers(3, 4, seed=8), integers(6, 4, seed=9)
+    exclude = (torch.tensor([5, 0, 0, 1, 2, 3, 4, 5, 2]), make_offsets([3, 5, 1]))
+    scores, ids, lse = check_exactly(users, catalog, 6, exclude=exclude)
+    assert ids[0, 4:].tolist() == [-1, -1]
+    assert scores[0, 4:].tolist() == [-INF, -INF]
+    assert ids[1, 1:].tolist() == [-1] * 5
+    assert lse[1] == scores[1, 0]
+
+
+def test_all_excluded_or_hidden():
+    users, catalog = integers(2, 4), integers(5, 4, seed=1)
+    everything = (torch.arange(5).repeat(2).flip(0), make_offsets([5, 5]))
+    for options in ({"exclude": everything}, {"bias": torch.full((5,), -INF)}):
+        scores, ids, lse = attnrec.catalog_topk(users, catalog, 3, **options)
+        assert torch.equal(scores, torch.full((2, 3), -INF))
+        assert torch.equal(ids, torch.full((2, 3), -1))
+        assert torch.equal(lse, torch.full((2,), -INF))
+
+
+@pytest.mark.parametrize(("batch", "items", "k"), [(0, 5, 3), (3, 0, 0), (0, 0, 0), (3, 5, 0)])
+def test_empty(batch, items, k):
+    scores, ids, lse = attnrec.catalog_topk(torch.ones(batch, 4), torch.ones(items, 4), k)
+    assert scores.shape == ids.shape == (batch, k)
+    assert lse.shape == (batch,)
+    if items == 0:
+        assert torch.equal(lse, torch.full((batch,), -INF))
+
+
+def test_nan_stays_with_its_user():
+    users, catalog = integers(4, 8), integers(600, 8, seed=1)
+    expected = attnrec.catalog_topk(users, catalog, 9)
+    users[2] = NAN
+    got = attnrec.catalog_topk(users, catalog, 9)
+    for x, y in zip(got, expected, strict=True):
+        assert torch.equal(x[[0, 1, 3]], y[[0, 1, 3]])
+
+
+def test_what_is_hidden_or_excluded_is_not_computed_with():
+    users, catalog = integers(2, 8), integers(600, 8, seed=1)
+    bias = torch.zeros(600)
+    bias[130] = -INF
+    exclude = (torch.tensor([77, 77]), make_offsets([1, 1]))
+    expected = attnrec.catalog_topk(users, catalog, 9, bias=bias, exclude=exclude)
+    catalog[77] = NAN
+    catalog[130] = INF
+    for x, y in zip(
+        attnrec.catalog_topk(users, catalog, 9, bias=bias, exclude=exclude), expected, strict=True
+    ):
+        assert torch.equal(x, y)
+
+
+def test_huge_logits():
+    users = torch.tensor([[1e20], [-1e20]])
+    catalog = torch.tensor([[1.0], [-2.0], [3.0]])
+    scores, ids, lse = attnrec.catalog_topk(users, catalog, 3)
+    assert ids.tolist() == [[2, 0, 1], [1, 0, 2]]
+    assert torch.equal(lse, scores[:, 0])
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "rows of a wider tensor": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+    "every second column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "every second row": lambda x: x.repeat_interleave(2, 0)[::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    users, catalog, bias = integers(5, 16), integers(600, 16, seed=1), integers(600, seed=2)
+    change = LAYOUTS[layout]
+    check_exactly(change(users), change(catalog), 40, bias=bias.repeat_interleave(3)[::3])
+
+
+def test_one_item_expanded_to_all():
+    _, ids, _ = attnrec.catalog_topk(integers(3, 16), integers(1, 16, seed=1).expand(400, 16), 400)
+    assert torch.equal(ids, torch.arange(400).expand(3, 400))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_exclude_of_either_integer(dtype):
+    users, catalog = integers(6, 8), integers(600, 8, seed=1)
+    ids, offsets = exclusions(6, 600, 200)
+    strided = (ids.to(dtype).repeat_interleave(2)[::2], offsets.to(dtype).repeat_interleave(2)[::2])
+    check_exactly(users, catalog, 100, exclude=strided)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_user_alone_gets_the_same_bits(dtype):
+    generator = torch.Generator().manual_seed(0)
+    users = torch.randn(300, 24, generator=generator).to(dtype)
+    catalog = torch.randn(5000, 24, generator=generator).to(dtype)
+    ids, offsets = exclusions(300, 5000, 50)
+    together = attnrec.catalog_topk(users, catalog, 33, exclude=(ids, offsets))
+    for rows in ([0], [299], [100, 7], [*range(40, 57)]):
+        own = [ids[offsets[b] : offsets[b + 1]] for b in rows]
+        exclude = (torch.cat(own), make_offsets([len(x) for x in own]))
+        scores, best, lse = attnrec.catalog_topk(users[rows], catalog, 33, exclude=exclude)
+        assert torch.equal(scores, together[0][rows])
+        assert torch.equal(best, together[1][rows])
+        torch.testing.assert_close(lse, together[2][rows], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 70])
+def test_the_same_bits_again_and_on_any_number_of_threads(batch):
+    users, catalog = torch.randn(batch, 24), torch.randn(9000, 24)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5, 2):
+            torch.set_num_threads(n)
+            results.append(attnrec.catalog_topk(users, catalog, 50, temperature=0.7))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_half_precision_is_not_rounded_before_the_order():
+    """Products that float16 would round to the same number."""
+    users = torch.tensor([[1.0, 1.0]], dtype=torch.float16)
+    catalog = torch.tensor([[2048.0, 0.0], [2048.0, 1.0], [2048.0, -1.0]], dtype=torch.float16)
+    scores, ids, _ = attnrec.catalog_topk(users, catalog, 3)
+    assert ids.tolist() == [[1, 0, 2]]
+    assert scores.tolist() == [[2049.0, 2048.0, 2047.0]]
+
+
+def test_memory_is_not_that_of_all_scores(peak_memory):
+    """2,000 users by 200,000 items would be 1.6 GB of scores."""
+    users, catalog = torch.randn(2000, 2), torch.randn(200_000, 2)
+    with peak_memory() as grown:
+        attnrec.catalog_topk(users, catalog, 5)
+    assert grown() < 200 << 20

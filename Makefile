@@ -6,14 +6,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 
-EXTRAS  := recommender,bench,test,dev
+EXTRAS  := recommender,test,dev
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES  := $(CXX_CODE) $(wildcard build_backend/*.py)
 FOLDERS  := $(shell find csrc -type d)  # their times change when a file comes or goes
 # The tests that go through the kernels, for the runs under one tier and under the sanitizers.
 OP_TESTS := $(wildcard $(foreach op,target_attention softmax_score catalog,tests/test_$(op)*.py))
 
-.PHONY: help env build test tiers lint sanitize aarch64 demo clean
+.PHONY: help env build test tiers lint sanitize aarch64 demo bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -89,6 +89,16 @@ aarch64: $(VENV)/tools $(STANDALONE) ## compile csrc/cpu for aarch64, run it in 
 
 demo: env ## environment, build, then the recommender on MovieLens-100k, into runs/demo
 	$(BIN)/python -m attnrec.recommender.demo --out runs/demo
+
+$(VENV)/bench: $(VENV)/installed
+	@echo "== environment: the engines that the benchmarks compare with"
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[bench]'
+	@touch $@
+
+SUITE := standard
+bench: $(VENV)/bench ## the benchmarks with all peers (SUITE=smoke|standard|full|growth), into runs/bench
+	@mkdir -p runs/bench
+	$(BIN)/python -m benches --suite $(SUITE) --json runs/bench/$(SUITE).json --report runs/bench/$(SUITE)
 
 clean: ## remove what the build made; the environment stays
 	rm -rf build dist attnrec.egg-info attnrec/_C*.so

@@ -1,0 +1,146 @@
+"""Timing contenders against each other, and the memory that each takes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+SAMPLE = 0.020  # seconds at least that one sample lasts
+SAMPLE_BESIDE_POOLS = 0.040  # where a contender has its own pool of threads
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds per call of one contender; `ratio` is its time over the first contender's, round by round."""
+
+    median: float
+    p10: float
+    p90: float
+    ratio: float
+    rounds: int
+    calls: int  # in each sample
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """By linear interpolation between the two nearest, as numpy's default."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Seconds per call, over `calls` of them."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def calls_per_sample(call: Callable[[], Any], sample: float, device: torch.device) -> int:
+    """How many calls make a sample of at least `sample` seconds."""
+    calls, seconds = 1, time_calls(call, 1, device)  # the first is slower: caches, lazy set-up
+    while seconds * calls < sample:
+        calls = max(calls + 1, min(8 * calls, int(1.2 * sample / seconds)))
+        seconds = time_calls(call, calls, device)
+    return calls
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    sample: float = SAMPLE,
+    seconds: float = 3.0,
+) -> dict[str, Times]:
+    """Times the contenders in rounds, one sample of each a round; the first is what ratios are taken to.
+
+    A slow phase of the machine meets all of them alike, and the round-by-round ratio does not see it. The
+    order turns with the rounds, so that nobody always follows the same neighbour, and each sample begins
+    with an untimed call, which takes the other's data out of the caches and wakes the threads.
+    """
+    device = torch.device(device)
+    amount = {name: calls_per_sample(call, sample, device) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    start = time.perf_counter()
+    for turn in range(MOST_ROUNDS):
+        if turn >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            calls[name]()
+            samples[name].append(time_calls(calls[name], amount[name], device))
+    base = samples[names[0]]
+    return {name: times(taken, base, amount[name]) for name, taken in samples.items()}
+
+
+def times(taken: Sequence[float], base: Sequence[float], calls: int) -> Times:
+    ratio = statistics.median(mine / other for mine, other in zip(taken, base, strict=True))
+    return Times(
+        statistics.median(taken), quantile(taken, 0.1), quantile(taken, 0.9), ratio, len(taken), calls
+    )
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+HOW_MEMORY = (
+    "the most that one call adds to the process's resident memory, its result included: VmHWM of "
+    "/proc/self/status after resetting it through /proc/self/clear_refs (on a GPU: torch's peak statistics)"
+)
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes at the peak of one call above what was there before; None where the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    give_back_free_memory()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # sets the high-water mark to the present size
+        before = _status("VmHWM")
+        result = call()
+        after = _status("VmHWM")
+    except OSError:
+        return None
+    del result
+    return max(after - before, 0)
+
+
+def give_back_free_memory() -> None:
+    """Free memory that the allocator keeps would hide what a call takes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status") as lines:
+        for line in lines:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")

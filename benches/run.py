@@ -1,0 +1,151 @@
+"""Runs cases: checks every result first, times what is right, and makes the rows of the tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from benches.case import Case, Contender, Problem, Refused, Verdict
+from benches.machine import Floors
+from benches.measure import (
+    SAMPLE,
+    SAMPLE_BESIDE_POOLS,
+    Times,
+    give_back_free_memory,
+    interleaved,
+    peak_memory,
+)
+
+OURS = "attnrec"
+Row = dict[str, Any]
+
+
+def reproduce(case: Case, device: torch.device, threads: int) -> str:
+    """The command that runs this row alone."""
+    where = "" if device.type == "cpu" else f" --device {device.type}"
+    count = "" if case.threads else f" --threads {threads}"
+    return f"python -m benches --op {case.op} --case {case.name}{count}{where}"
+
+
+@contextmanager
+def thread_count(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    *,
+    threads: int,
+    floors: Floors | None,
+    seconds: float = 3.0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Row:
+    """One row: `results` by contender, ours first; `refused`, with reasons; `wrong`, which have no speed."""
+    row: Row = {
+        "op": case.op,
+        "case": case.name,
+        "suite": case.suite,
+        "dtype": case.dtype,
+        "sizes": dict(case.sizes),
+        "varied": list(case.varied) if case.varied else None,
+        "threads": case.threads or threads,
+        "reproduce": reproduce(case, device, threads),
+        "results": {},
+        "refused": {},
+        "wrong": {},
+    }
+    with thread_count(row["threads"]):
+        problem = case.make(device)
+        counts = problem.counts()
+        row |= {"flops": counts.flops, "bytes": counts.bytes, "exps": counts.exps}
+        row["backend"] = problem.backend()
+        if floors is not None:
+            row["floor_seconds"], row["bound"] = floors.seconds(counts, case.dtype)
+        right = _right_contenders(case, problem, row, say)
+        if OURS not in right:
+            return row  # without ours there is nothing to compare with
+        say("timing")
+        calls = {name: contender.call for name, (contender, _) in right.items()}
+        sample = SAMPLE_BESIDE_POOLS if any(c.own_threads for c, _ in right.values()) else SAMPLE
+        timed = interleaved(calls, device, sample=sample, seconds=seconds)
+        say("memory")
+        for name, (contender, verdict) in right.items():
+            memory = peak_memory(contender.call, device)
+            row["results"][name] = result(timed[name], row, memory, verdict, contender.note)
+    return row
+
+
+def _right_contenders(
+    case: Case, problem: Problem, row: Row, say: Callable[[str], None]
+) -> dict[str, tuple[Contender, Verdict]]:
+    """Those whose result was held against the reference and is right; the others go into the row."""
+    prepare: dict[str, Callable[[], Contender]] = {OURS: problem.ours}
+    prepare |= {name: lambda peer=peer: peer(problem) for name, peer in case.peers.items()}
+    right = {}
+    for name, make in prepare.items():
+        say(f"checking {name}")
+        try:
+            contender = make()
+            results = contender.read(contender.call())
+        except Refused as reason:
+            row["refused"][name] = str(reason)
+            continue
+        except Exception as error:  # whatever a peer raises, and ours too: then it is wrong
+            words = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+            row["wrong" if name == OURS else "refused"][name] = words
+            continue
+        verdict = problem.check(results, ours=name == OURS)
+        if verdict.right:
+            right[name] = contender, verdict
+        else:
+            row["wrong"][name] = str(verdict)
+        del results
+        give_back_free_memory()
+    return right
+
+
+def result(times: Times, row: Row, memory: int | None, verdict: Verdict | None, note: str) -> dict[str, Any]:
+    """What a row tells of one contender: `share` is the floor over its time, `ratio` its time over ours."""
+    floor = row.get("floor_seconds")
+    return {
+        "seconds": times.median,
+        "p10": times.p10,
+        "p90": times.p90,
+        "ratio": times.ratio,
+        "rounds": times.rounds,
+        "calls_per_sample": times.calls,
+        "gflops": row["flops"] / times.median / 1e9,
+        "gbytes_per_second": row["bytes"] / times.median / 1e9,
+        "share": None if floor is None else floor / times.median,
+        "memory": memory,
+        "error": None if verdict is None else verdict.error,
+        "allowed": None if verdict is None else verdict.allowed,
+        "note": note,
+    }
+
+
+def failed(row: Row) -> bool:
+    return OURS in row["wrong"]
+
+
+def fastest_peer(row: Row) -> tuple[str, float] | None:
+    """The quickest peer's name and ratio (above 1: ours is faster); None where no peer ran."""
+    ratios = {name: r["ratio"] for name, r in row["results"].items() if name != OURS}
+    if not ratios or OURS not in row["results"]:
+        return None
+    name = min(ratios, key=lambda n: ratios[n])
+    return name, ratios[name]
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values)) if values else float("nan")

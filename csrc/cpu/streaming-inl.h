@@ -11,8 +11,10 @@
 namespace attnrec::cpu {
 namespace {
 
+constexpr int kMostHeadDim = 256;
 constexpr int kKeys = 128;  // events of a tile: rows x kKeys scores stay in L1
 constexpr int kPrefetchEvents = 32;
+constexpr int kChain = 64;  // products of a score in one chain
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -143,39 +145,47 @@ void score_block(const typename V::Real* rows, const typename V::Real* panel, in
                  typename V::Real* scores) {
   constexpr int W = V::kWidth;
   for (int p = 0; p < panels; p++, panel += static_cast<int64_t>(2 * W) * head_dim, scores += 2 * W) {
-    typename V::Reg sum[M][2];
+    // Chains of at most kChain products, added up: with D = 256 in one chain the error was 3 times a GEMM's.
+    for (int begin = 0; begin < head_dim; begin += kChain) {
+      typename V::Reg sum[M][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = V::zero();
+      for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = V::zero();
+      const int end = head_dim - begin < kChain ? head_dim : begin + kChain;
 #pragma GCC unroll 4
-    for (int d = 0; d < head_dim; d++) {
-      const typename V::Reg k0 = V::load(panel + d * 2 * W), k1 = V::load(panel + d * 2 * W + W);
+      for (int d = begin; d < end; d++) {
+        const typename V::Reg k0 = V::load(panel + d * 2 * W), k1 = V::load(panel + d * 2 * W + W);
+#pragma GCC unroll 8
+        for (int r = 0; r < M; r++) {
+          const typename V::Reg q = V::set1(rows[d * V::kRows + r]);
+          sum[r][0] = V::fma(q, k0, sum[r][0]);
+          sum[r][1] = V::fma(q, k1, sum[r][1]);
+        }
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < M; r++) {
-        const typename V::Reg q = V::set1(rows[d * V::kRows + r]);
-        sum[r][0] = V::fma(q, k0, sum[r][0]);
-        sum[r][1] = V::fma(q, k1, sum[r][1]);
+        typename V::Real* to = scores + r * kKeys;
+        V::store(to, begin ? V::add(V::load(to), sum[r][0]) : sum[r][0]);
+        V::store(to + W, begin ? V::add(V::load(to + W), sum[r][1]) : sum[r][1]);
       }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
-      V::store(scores + r * kKeys, sum[r][0]);
-      V::store(scores + r * kKeys + W, sum[r][1]);
     }
   }
 }
 
-// out[r][:] += Σ_i factor[r * factor_row + i * factor_step] · values[i][:], i in order, for M rows of `width` numbers.
-template <class V, int M>
+// out[r][:] += Σ_i factor[r * factor_row + i * factor_step] · values[i][:], i in order, for M rows of `width` numbers:
+// summed apart and then added, or as one chain with what `out` has. Sums over thousands of events are made of parts, so
+// that their rounding errors stay those of short sums (a chain of 4096 has 4 times plain PyTorch's error).
+template <class V, int M, bool kApart = true>
 void accumulate_block(const typename V::Real* factor, int factor_row, int factor_step, const typename V::Real* values,
                       int64_t value_stride, int n, int width, typename V::Real* out, int64_t out_stride) {
+  using Real = typename V::Real;
   constexpr int W = V::kWidth;
   int d = 0;
   for (; d + 2 * W <= width; d += 2 * W) {
     typename V::Reg sum[M][2];
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
-      sum[r][0] = V::load(out + r * out_stride + d);
-      sum[r][1] = V::load(out + r * out_stride + d + W);
+      sum[r][0] = kApart ? V::zero() : V::load(out + r * out_stride + d);
+      sum[r][1] = kApart ? V::zero() : V::load(out + r * out_stride + d + W);
     }
 #pragma GCC unroll 2
     for (int i = 0; i < n; i++) {
@@ -190,14 +200,15 @@ void accumulate_block(const typename V::Real* factor, int factor_row, int factor
     }
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
-      V::store(out + r * out_stride + d, sum[r][0]);
-      V::store(out + r * out_stride + d + W, sum[r][1]);
+      Real* to = out + r * out_stride + d;
+      V::store(to, kApart ? V::add(V::load(to), sum[r][0]) : sum[r][0]);
+      V::store(to + W, kApart ? V::add(V::load(to + W), sum[r][1]) : sum[r][1]);
     }
   }
   if (d < width) {
     typename V::Reg sum[M];
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) sum[r] = V::load(out + r * out_stride + d);
+    for (int r = 0; r < M; r++) sum[r] = kApart ? V::zero() : V::load(out + r * out_stride + d);
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++) {
       const typename V::Reg v = V::load(values + i * value_stride + d);
@@ -205,7 +216,10 @@ void accumulate_block(const typename V::Real* factor, int factor_row, int factor
       for (int r = 0; r < M; r++) sum[r] = V::fma(V::set1(factor[r * factor_row + i * factor_step]), v, sum[r]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) V::store(out + r * out_stride + d, sum[r]);
+    for (int r = 0; r < M; r++) {
+      Real* to = out + r * out_stride + d;
+      V::store(to, kApart ? V::add(V::load(to), sum[r]) : sum[r]);
+    }
   }
 }
 
@@ -218,26 +232,39 @@ ATTNREC_INLINE void scores(int rows, Arguments... arguments) {
   score_block<V, M>(arguments...);
 }
 
-template <class V, int M = V::kRows, class... Arguments>
+template <class V, bool kApart = true, int M = V::kRows, class... Arguments>
 ATTNREC_INLINE void accumulate(int rows, Arguments... arguments) {
   if constexpr (M > 1) {
-    if (rows < M) return accumulate<V, M - 1>(rows, arguments...);
+    if (rows < M) return accumulate<V, kApart, M - 1>(rows, arguments...);
   }
-  accumulate_block<V, M>(arguments...);
+  accumulate_block<V, M, kApart>(arguments...);
 }
 
-// `accumulate` for rows that see different numbers of events: what all see together, the rest row by row. A row's sum
-// is the same chain either way.
+// `accumulate` of a tile for rows that see different numbers of its events: what all see together, the rest row by
+// row. A row's sum is the same chain either way.
 template <class V>
 void accumulate_seen(int rows, const int* seen, const typename V::Real* factor, const typename V::Real* values,
                      int64_t value_stride, int width, typename V::Real* out, int64_t out_stride) {
-  int together = seen[0];
-  for (int r = 1; r < rows; r++) together = seen[r] < together ? seen[r] : together;
-  if (together > 0) accumulate<V>(rows, factor, kKeys, 1, values, value_stride, together, width, out, out_stride);
+  int fewest = seen[0], most = seen[0];
+  for (int r = 1; r < rows; r++) {
+    fewest = seen[r] < fewest ? seen[r] : fewest;
+    most = seen[r] > most ? seen[r] : most;
+  }
+  if (fewest == most) {
+    if (most > 0) accumulate<V>(rows, factor, kKeys, 1, values, value_stride, most, width, out, out_stride);
+    return;
+  }
+  typename V::Real sums[V::kRows * kMostHeadDim];
+  for (int i = 0; i < rows * width; i += V::kWidth) V::store(sums + i, V::zero());
+  if (fewest > 0) {
+    accumulate<V, false>(rows, factor, kKeys, 1, values, value_stride, fewest, width, sums, int64_t{width});
+  }
   for (int r = 0; r < rows; r++) {
-    if (seen[r] == together) continue;
-    accumulate_block<V, 1>(factor + r * kKeys + together, kKeys, 1, values + together * value_stride, value_stride,
-                           seen[r] - together, width, out + r * out_stride, out_stride);
+    if (seen[r] == 0) continue;
+    typename V::Real *sum = sums + r * width, *to = out + r * out_stride;
+    accumulate_block<V, 1, false>(factor + r * kKeys + fewest, kKeys, 1, values + fewest * value_stride, value_stride,
+                                  seen[r] - fewest, width, sum, width);
+    for (int d = 0; d < width; d += V::kWidth) V::store(to + d, V::add(V::load(to + d), V::load(sum + d)));
   }
 }
 
@@ -409,10 +436,12 @@ struct RunningSoftmax {
     const typename V::Real total = sum(row);
     return total == 0 ? 0 : 1 / total;
   }
-  // Base 2; -inf for a row that has seen nothing.
-  typename V::Real lse2(int row) const {
-    const typename V::Real total = sum(row);
-    return total == 0 ? -std::numeric_limits<typename V::Real>::infinity() : maximum[row] + std::log2(total);
+  // In nats; -inf for a row that has seen nothing. In double, so that it is rounded once: what is recomputed from it,
+  // exp(s - lse), is off by that rounding.
+  typename V::Real lse(int row) const {
+    const double total = sum(row), unit = kNatural ? 1 : kLn2;
+    return static_cast<typename V::Real>(total == 0 ? -std::numeric_limits<double>::infinity()
+                                                    : maximum[row] * unit + std::log(total));
   }
 };
 

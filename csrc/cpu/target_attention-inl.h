@@ -61,7 +61,7 @@ struct WeightedValue {
       for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::mul(V::load(sum + d), inverse));
       store_row<V>(sum, a.head_dim, a.element,
                    static_cast<char*>(out) + row * a.head_dim * element_bytes(a.element));
-      lse[row] = softmax.lse2(r) * static_cast<Real>(kLn2);
+      lse[row] = softmax.lse(r);
     }
   }
 

@@ -27,7 +27,9 @@ struct Backward {
       : a(attention), g(gradients), whole(unit), width(padded<V>(a.head_dim)) {
     const int64_t events = unit.last_event - unit.first_event;
     base = arena.take<Real>(unit.rows);
+    base_rest = arena.take<Real>(unit.rows);
     shift = arena.take<Real>(unit.rows);
+    self_weight = arena.take<Real>(unit.rows);
     grad_query = arena.take<Real>(static_cast<int64_t>(unit.rows) * width);
     grad_key = arena.take<Real>(events * width);
     grad_value = arena.take<Real>(events * width);
@@ -54,9 +56,13 @@ struct Backward {
       const int h = whole.query_head(r);
       load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, grad_out);
       load_row<V>(g.out.at(c, h, a.element), a.element, a.head_dim, 1, query);
-      base[r] = working(g.lse, c, h) * static_cast<Real>(kLog2E);
+      // In two numbers, so that the change to base 2 adds no rounding to that of the lse itself.
+      const double lse2 = working(g.lse, c, h) * kLog2E;
+      base[r] = static_cast<Real>(lse2);
+      base_rest[r] = sees(r) ? static_cast<Real>(lse2 - base[r]) : 0;
       shift[r] = dot<V>(grad_out, query, width) - (g.grad_lse.data ? working(g.grad_lse, c, h) : 0);
       clear(grad_query + static_cast<int64_t>(r) * width, width);
+      self_weight[r] = 0;
       if (with_self) self_slot(r, scratch);
     }
   }
@@ -87,14 +93,29 @@ struct Backward {
     for (int r = 0; r < t.rows; r++) {
       seen_here[r] = static_cast<int>(greatest(0, least(t.seen[r], seen[place + r] - t.packed_event)));
       const int64_t row = whole_row(t.first_row + r);
-      const typename V::Reg lse = V::set1(base[row]), less = V::set1(shift[row]);
+      const typename V::Reg lse = V::set1(base[row]), rest = V::set1(base_rest[row]),
+                            less = V::set1(shift[row]);
       const Real *s = t.scores + r * kKeys, *dp = grad_weight + r * kKeys;
+      Real *p = weight + at + r * kKeys, *ds = grad_score + at + r * kKeys;
+      typename V::Reg sum = V::zero();
       for (int i = 0; i < seen_here[r]; i += W) {
-        const typename V::Reg p = V::exp2(V::sub(V::load(s + i), lse));
-        typename V::Reg ds = V::mul(p, V::sub(V::load(dp + i), less));
-        if (i + W > seen_here[r]) ds = V::first(ds, seen_here[r] - i, 0);  // p is 0 there, but not 0 · NaN
-        V::store(weight + at + r * kKeys + i, p);
-        V::store(grad_score + at + r * kKeys + i, ds);
+        const typename V::Reg exp = V::exp2(V::sub(V::sub(V::load(s + i), lse), rest));
+        sum = V::add(sum, exp);
+        V::store(p + i, exp);
+      }
+      // The rounding of the lse makes all of a row's weights wrong by one factor near 1. Where they are all
+      // here, as with a short history, their sum says which; plain PyTorch is exact for the few heavy weights
+      // of such a row.
+      const bool all_here = t.first_event == 0 && seen_events(a, unit, t.first_row + r) <= kKeys;
+      const typename V::Reg exact =
+          V::set1(all_here && seen_here[r] > 0 ? 1 / (V::sum(sum) + self_weight[row]) : 1);
+      for (int i = 0; i < seen_here[r]; i += W) {
+        const typename V::Reg weight_here = V::mul(V::load(p + i), exact);
+        typename V::Reg d = V::mul(weight_here, V::sub(V::load(dp + i), less));
+        if (i + W > seen_here[r])
+          d = V::first(d, seen_here[r] - i, 0);  // the weight is 0 there, but not 0 · NaN
+        V::store(p + i, weight_here);
+        V::store(ds + i, d);
       }
     }
     accumulate_seen<V>(t.rows, seen_here, grad_score + at, key + t.packed_event * key_stride, key_stride,
@@ -145,6 +166,8 @@ struct Backward {
     constexpr Element element = sizeof(Real) == 8 ? Element::kFloat64 : Element::kFloat32;
     return *static_cast<const Real*>(of.at(c, h, element));
   }
+  // A row that sees nothing has lse = -inf and no gradients.
+  bool sees(int64_t r) const { return base[r] != -std::numeric_limits<Real>::infinity(); }
   // The row of the whole unit that a row of the heads in work is.
   int64_t whole_row(int r) const { return int64_t{r} * row_step + (unit.head - whole.head); }
   bool hidden(int64_t event) const {
@@ -169,16 +192,17 @@ struct Backward {
     Real *self_key = self, *self_value = self + width, *dk = self + 2 * width, *dv = self + 3 * width;
     const int64_t c = whole.candidate(r), result = c * a.kv_heads + whole.kv_head;
     if (r % whole.group == 0) clear(dk, 2 * int64_t{width});
-    if (base[r] != -std::numeric_limits<Real>::infinity()) {
-      const Real p = exp2_of<V>(self_score<V>(a, whole, r, scratch) - base[r]);
+    if (sees(r)) {
+      const Real p = self_weight[r] =
+          exp2_of<V>(self_score<V>(a, whole, r, scratch) - base[r] - base_rest[r]);
       load_row<V>(a.query.at(c, whole.query_head(r), a.element), a.element, a.head_dim, 1, query);
       load_row<V>(a.self_key.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, self_key);
       load_row<V>(a.self_value.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, self_value);
       const Real ds = p * (dot<V>(grad_out, self_value, width) - shift[r]);
-      accumulate_block<V, 1>(&ds, 0, 0, self_key, width, 1, width,
-                             grad_query + static_cast<int64_t>(r) * width, width);
-      accumulate_block<V, 1>(&ds, 0, 0, query, width, 1, width, dk, width);
-      accumulate_block<V, 1>(&p, 0, 0, grad_out, width, 1, width, dv, width);
+      accumulate_block<V, 1, false>(&ds, 0, 0, self_key, width, 1, width,
+                                    grad_query + static_cast<int64_t>(r) * width, width);
+      accumulate_block<V, 1, false>(&ds, 0, 0, query, width, 1, width, dk, width);
+      accumulate_block<V, 1, false>(&p, 0, 0, grad_out, width, 1, width, dv, width);
     }
     if ((r + 1) % whole.group == 0) {
       const int64_t byte = result * a.head_dim * element_bytes(a.element);
@@ -205,10 +229,9 @@ struct Backward {
       for (int d = 0; d < width; d += W) {
         check = V::fma(V::load(q + d), V::zero(), V::fma(V::load(d_out + d), V::zero(), check));
       }
-      // A row that sees nothing has lse = -inf and no gradients.
-      const bool sees = base[whole_row(block + r)] != -std::numeric_limits<Real>::infinity();
-      seen[place + r] = static_cast<int>(
-          sees ? greatest(0, least(span(a.head_dim), seen_events(a, unit, block + r) - packed)) : 0);
+      const int64_t events = seen_events(a, unit, block + r) - packed;
+      seen[place + r] =
+          static_cast<int>(sees(whole_row(block + r)) ? greatest(0, least(events, span(a.head_dim))) : 0);
     }
     finite = finite && V::sum(check) == 0;
   }
@@ -263,9 +286,9 @@ struct Backward {
   const AttentionGradients& g;
   const Unit whole;
   const int width;
-  // Of the whole unit's rows: lse in base 2, delta - grad_lse, dQ / scale. Of its events: dK / scale, dV,
-  // dbias.
-  Real *base, *shift, *grad_query, *grad_key, *grad_value, *grad_bias;
+  // Of the whole unit's rows: lse in base 2 (in two parts), delta - grad_lse, self slot's P, dQ / scale. Of
+  // its events: dK / scale, dV, dbias.
+  Real *base, *base_rest, *shift, *self_weight, *grad_query, *grad_key, *grad_value, *grad_bias;
   Real *value_panels, *copied;                   // of the packed events
   Real *query, *grad_out, *weight, *grad_score;  // of the chunk's rows; P and dS as [tile][row][kKeys]
   Real *grad_out_rows, *grad_weight;             // of the block

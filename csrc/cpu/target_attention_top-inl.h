@@ -122,7 +122,7 @@ int64_t target_attention_top_unit(const Attention& a, const Unit& unit, void* me
   using Real = typename V::Real;
   Arena arena(memory);
   StreamScratch<V> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
-  Top<V> readout(arena, a, unit.rows, least(top, greatest(1, a.events(unit.user))));
+  Top<V> readout(arena, a, unit.rows, greatest(1, least(top, a.events(unit.user))));
   if (!memory) return arena.used();
   readout.begin(unit, scratch);
   stream<V>(a, unit, scratch, readout);

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> target_attention_top(Tensor query, Tensor key, Tensor
                                                 int64_t top, std::optional<double> scale,
                                                 OptionalTensor kv_lengths, OptionalTensor visible,
                                                 OptionalTensor self_key, OptionalTensor key_bias) {
-  ATTNREC_CHECK(top >= 1, "target_attention_top", "top must be at least 1, got ", top);
+  ATTNREC_CHECK(top >= 0, "target_attention_top", "top must be at least 0, got ", top);
   const AttentionArguments arguments("target_attention_top", query, key, nullptr, q_offsets, kv_offsets,
                                      scale, kv_lengths, visible, self_key, nullptr, key_bias);
   const Attention& a = arguments.attention;

@@ -1,0 +1,249 @@
+"""Which backend serves a call, how it is forced, and what `explain` says of it."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+from helpers import make_jagged, make_offsets
+
+import attnrec
+from attnrec import ops, reference
+from attnrec._extension import extension
+from attnrec.ops import backends
+
+BATCH = make_jagged([2, 1], [3, 2], heads=2, dim=8)
+needs_extension = pytest.mark.skipif(extension is None, reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def unforced():
+    yield
+    attnrec.use_backend(None)
+
+
+@pytest.fixture
+def reference_calls(monkeypatch):
+    """How often the reference served `target_attention`."""
+    calls = []
+    original = backends.Reference.run
+
+    def run(self, call):
+        calls.append(call.op.name)
+        return original(self, call)
+
+    monkeypatch.setattr(backends.Reference, "run", run)
+    return calls
+
+
+def run_python(code: str, **environment: str) -> str:
+    """The output of a Python process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class TestUseBackend:
+    def test_as_a_call(self, reference_calls):
+        attnrec.use_backend("reference")
+        attnrec.target_attention(*BATCH.args)
+        assert reference_calls == ["target_attention"]
+        attnrec.use_backend(None)
+        attnrec.target_attention(*BATCH.args)
+        assert len(reference_calls) == (1 if "target_attention" in backends.CPU.kernels else 2)
+
+    def test_as_a_context(self, reference_calls):
+        attnrec.use_backend("reference")
+        with attnrec.use_backend(None):
+            with attnrec.use_backend("reference"):
+                attnrec.target_attention(*BATCH.args)
+            assert attnrec.explain(attnrec.target_attention, *BATCH.args).forced is False
+        assert attnrec.explain(attnrec.target_attention, *BATCH.args).forced is True
+        assert reference_calls == ["target_attention"]
+
+    def test_an_exception_ends_the_context_too(self):
+        with pytest.raises(KeyError), attnrec.use_backend("reference"):
+            raise KeyError
+        assert not attnrec.explain(attnrec.target_attention, *BATCH.args).forced
+
+    def test_backward_goes_the_same_way(self, reference_calls):
+        with attnrec.use_backend("reference"):
+            out = attnrec.target_attention(BATCH.query.clone().requires_grad_(), *BATCH.args[1:])
+            out.sum().backward()
+        if extension is not None:  # without it the reference's own graph is walked
+            assert reference_calls == ["target_attention", "target_attention_backward"]
+
+    @needs_extension
+    def test_torch_ops_are_rerouted_too(self, reference_calls):
+        with attnrec.use_backend("reference"):
+            torch.ops.attnrec.softmax_score(torch.ones(1, 2), torch.ones(3, 2), make_offsets([3]))
+        assert reference_calls == ["softmax_score"]
+
+    def test_for_all_threads(self, reference_calls):
+        with attnrec.use_backend("reference"):
+            thread = threading.Thread(target=attnrec.target_attention, args=BATCH.args)
+            thread.start()
+            thread.join()
+        assert reference_calls == ["target_attention"]
+
+    def test_an_unknown_name(self):
+        with pytest.raises(ValueError, match="no backend 'gpu': there are cuda, triton, cpu, reference"):
+            attnrec.use_backend("gpu")
+
+    @pytest.mark.parametrize("name", ["triton", "cuda"])
+    def test_one_that_cannot_serve_says_why(self, name):
+        why = backends._named(name).supports(None)
+        with attnrec.use_backend(name), pytest.raises(RuntimeError) as caught:
+            attnrec.target_attention(*BATCH.args)
+        assert str(caught.value) == f"the backend {name} can't serve target_attention: {why}"
+
+    @needs_extension
+    def test_no_warning_of_the_dispatcher(self, recwarn):
+        with attnrec.use_backend("reference"):
+            pass
+        assert not recwarn.list
+
+
+class TestExplain:
+    @needs_extension
+    @pytest.mark.parametrize("name", ["target_attention", "catalog_cross_entropy"])
+    def test_the_usual_choice(self, name):
+        if name not in backends.CPU.kernels:
+            pytest.skip(f"no CPU kernel of {name}")
+        rows = torch.ones(3, 4)
+        arguments = BATCH.args if name == "target_attention" else (rows, rows, torch.tensor([0, 1, 2]))
+        said = attnrec.explain(getattr(attnrec, name), *arguments)
+        assert (said.op, said.backend, said.forced) == (name, "cpu", False)
+        assert said.reasons["reference"] == "cpu comes first"
+        assert "Triton" in said.reasons["triton"]
+        assert str(said).splitlines()[0] == f"{name}: cpu"
+        assert "  not triton: this version has no Triton kernels" in str(said)
+
+    def test_nothing_is_computed(self, monkeypatch):
+        def fail(*_, **__):
+            raise AssertionError
+
+        monkeypatch.setattr(backends.Reference, "run", fail)
+        with attnrec.use_backend("reference"):
+            said = attnrec.explain(attnrec.target_attention, *BATCH.args)
+        assert (said.backend, said.forced) == ("reference", True)
+        assert said.reasons["triton"] == "this version has no Triton kernels"
+
+    def test_dense_input_and_other_devices(self):
+        query = torch.ones(1, 2, 3, 8, device="meta")
+        said = attnrec.explain(attnrec.target_attention, query, query, query)
+        assert said.backend == "reference"
+        if extension is not None:
+            assert said.reasons["cpu"] == "the tensors are on meta"
+
+    def test_the_op_that_a_function_ends_in(self):
+        said = attnrec.explain(attnrec.target_attention_weights, *BATCH.weights_args, top=2)
+        assert said.op == "target_attention_top"
+
+    def test_by_name(self):
+        assert attnrec.explain("target_attention", *BATCH.args).op == "target_attention"
+        with pytest.raises(ValueError, match="no op 'attention': there are target_attention, "):
+            attnrec.explain("attention")
+
+    def test_a_forced_backend_that_cannot(self):
+        with attnrec.use_backend("triton"):
+            said = attnrec.explain(attnrec.target_attention, *BATCH.args)
+        assert said.backend is None
+        assert str(said).startswith("target_attention: raises (forced)\n")
+
+    def test_a_function_of_another_kind(self):
+        with pytest.raises(ValueError, match="called no op"):
+            attnrec.explain(lambda: None)
+        assert attnrec.target_attention(*BATCH.args).shape == BATCH.query.shape  # and calls compute again
+
+
+class TestEnvironment:
+    def test_backend(self):
+        code = """
+            import torch, attnrec
+            x = torch.ones(2, 2)
+            print(attnrec.explain(attnrec.softmax_score, x, torch.ones(2, 3, 2)).backend)
+        """
+        assert run_python(code, ATTNREC_BACKEND="reference").strip() == "reference"
+
+    def test_a_backend_that_is_none(self):
+        code = """
+            try:
+                import attnrec
+            except ValueError as error:
+                print(error)
+        """
+        assert "no backend 'gpu'" in run_python(code, ATTNREC_BACKEND="gpu")
+
+    @pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])
+    def test_debug(self, value, on):
+        code = """
+            import torch
+            from attnrec.ops import checks
+            print(checks.reads_values(torch.device("cuda")))
+        """
+        assert run_python(code, ATTNREC_DEBUG=value).strip() == str(on)
+
+
+WITHOUT_EXTENSION = """
+import sys, types
+sys.modules["attnrec._extension"] = types.SimpleNamespace(extension=None, reason="not built")
+import pytest, torch, attnrec
+assert not hasattr(torch.ops.attnrec, "target_attention")
+"""
+
+
+class TestWithoutTheExtension:
+    """Then there are no torch ops, and the reference serves."""
+
+    def test_the_contract_holds(self):
+        code = WITHOUT_EXTENSION + textwrap.dedent(
+            """
+            q = torch.randn(2, 2, 3, 8, requires_grad=True)
+            out, lse = attnrec.target_attention(q, q, q, return_lse=True)
+            want = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+            torch.testing.assert_close(out, want)
+            grad = torch.autograd.grad(out.sum() + lse.sum(), q)[0]
+            assert grad.isfinite().all()
+            with torch.autocast("cpu", torch.bfloat16):
+                assert attnrec.target_attention(q.bfloat16(), q, q).dtype == torch.bfloat16
+            said = attnrec.explain(attnrec.target_attention, q, q, q)
+            assert (said.backend, said.reasons["cpu"]) == ("reference", "not built")
+            with pytest.raises(ValueError, match="k must be from 0"):
+                attnrec.catalog_topk(torch.ones(1, 2), torch.ones(3, 2), 4)
+            with pytest.raises(TypeError, match="query must be a tensor"):
+                attnrec.target_attention(*[None] * 5)
+            with pytest.raises(RuntimeError, match="cpu can't serve target_attention: not built"):
+                with attnrec.use_backend("cpu"):
+                    attnrec.target_attention(q, q, q)
+            print("ok")
+            """
+        )
+        assert run_python(code).strip() == "ok"
+
+    def test_forward_only_functions_refuse_a_gradient(self):
+        code = WITHOUT_EXTENSION + textwrap.dedent(
+            """
+            users = torch.ones(1, 2, requires_grad=True)
+            scores, _, _ = attnrec.catalog_topk(users, torch.ones(3, 2), 1)
+            with pytest.raises(NotImplementedError, match="catalog_topk is forward only"):
+                scores.sum().backward()
+            print("ok")
+            """
+        )
+        assert run_python(code).strip() == "ok"
+
+
+def test_every_public_function_has_its_ops():
+    named = {name.removesuffix("_backward") for name in ops.OPS} - {"target_attention_top"}
+    assert named <= set(attnrec.__all__)
+    assert all(getattr(reference, name) for name in named)

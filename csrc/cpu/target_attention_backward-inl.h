@@ -30,6 +30,7 @@ struct Backward {
     base_rest = arena.take<Real>(unit.rows);
     shift = arena.take<Real>(unit.rows);
     self_weight = arena.take<Real>(unit.rows);
+    self_weighted = arena.take<Real>(unit.rows);
     grad_query = arena.take<Real>(static_cast<int64_t>(unit.rows) * width);
     grad_key = arena.take<Real>(events * width);
     grad_value = arena.take<Real>(events * width);
@@ -60,9 +61,9 @@ struct Backward {
       const double lse2 = working(g.lse, c, h) * kLog2E;
       base[r] = static_cast<Real>(lse2);
       base_rest[r] = sees(r) ? static_cast<Real>(lse2 - base[r]) : 0;
-      shift[r] = dot<V>(grad_out, query, width) - (g.grad_lse.data ? working(g.grad_lse, c, h) : 0);
+      shift[r] = dot<V>(grad_out, query, width) - grad_lse(r);
       clear(grad_query + static_cast<int64_t>(r) * width, width);
-      self_weight[r] = 0;
+      self_weight[r] = self_weighted[r] = 0;
       if (with_self) self_slot(r, scratch);
     }
   }
@@ -93,29 +94,29 @@ struct Backward {
     for (int r = 0; r < t.rows; r++) {
       seen_here[r] = static_cast<int>(greatest(0, least(t.seen[r], seen[place + r] - t.packed_event)));
       const int64_t row = whole_row(t.first_row + r);
-      const typename V::Reg lse = V::set1(base[row]), rest = V::set1(base_rest[row]),
-                            less = V::set1(shift[row]);
       const Real *s = t.scores + r * kKeys, *dp = grad_weight + r * kKeys;
       Real *p = weight + at + r * kKeys, *ds = grad_score + at + r * kKeys;
-      typename V::Reg sum = V::zero();
+      const typename V::Reg lse = V::set1(base[row]), rest = V::set1(base_rest[row]);
+      typename V::Reg sum = V::zero(), weighted = V::zero();
       for (int i = 0; i < seen_here[r]; i += W) {
         const typename V::Reg exp = V::exp2(V::sub(V::sub(V::load(s + i), lse), rest));
-        sum = V::add(sum, exp);
         V::store(p + i, exp);
+        sum = V::add(sum, exp);
+        weighted = V::fma(exp, V::first(V::load(dp + i), seen_here[r] - i, 0), weighted);
       }
-      // The rounding of the lse makes all of a row's weights wrong by one factor near 1. Where they are all
-      // here, as with a short history, their sum says which; plain PyTorch is exact for the few heavy weights
-      // of such a row.
-      const bool all_here = t.first_event == 0 && seen_events(a, unit, t.first_row + r) <= kKeys;
-      const typename V::Reg exact =
-          V::set1(all_here && seen_here[r] > 0 ? 1 / (V::sum(sum) + self_weight[row]) : 1);
+      // The rounding of the lse makes all weights of a row wrong by one factor near 1, that of `out` its
+      // delta. Where all its events are here, as with a short history, both are known better: plain PyTorch,
+      // which keeps every weight, is nearly exact for the few heavy ones of such a row.
+      Real factor = 1, less = shift[row];
+      if (t.first_event == 0 && seen_here[r] > 0 && seen_events(a, unit, t.first_row + r) <= kKeys) {
+        factor = 1 / (V::sum(sum) + self_weight[row]);
+        less = (V::sum(weighted) + self_weighted[row]) * factor - grad_lse(row);
+      }
       for (int i = 0; i < seen_here[r]; i += W) {
-        const typename V::Reg weight_here = V::mul(V::load(p + i), exact);
-        typename V::Reg d = V::mul(weight_here, V::sub(V::load(dp + i), less));
-        if (i + W > seen_here[r])
-          d = V::first(d, seen_here[r] - i, 0);  // the weight is 0 there, but not 0 · NaN
-        V::store(p + i, weight_here);
-        V::store(ds + i, d);
+        const typename V::Reg exact = V::mul(V::load(p + i), V::set1(factor));
+        const typename V::Reg d = V::mul(exact, V::sub(V::load(dp + i), V::set1(less)));
+        V::store(p + i, exact);
+        V::store(ds + i, V::first(d, seen_here[r] - i, 0));  // the weight is 0 from there on, but not 0 · NaN
       }
     }
     accumulate_seen<V>(t.rows, seen_here, grad_score + at, key + t.packed_event * key_stride, key_stride,
@@ -166,6 +167,10 @@ struct Backward {
     constexpr Element element = sizeof(Real) == 8 ? Element::kFloat64 : Element::kFloat32;
     return *static_cast<const Real*>(of.at(c, h, element));
   }
+  Real grad_lse(int64_t r) const {
+    const int row = static_cast<int>(r);
+    return g.grad_lse.data ? working(g.grad_lse, whole.candidate(row), whole.query_head(row)) : 0;
+  }
   // A row that sees nothing has lse = -inf and no gradients.
   bool sees(int64_t r) const { return base[r] != -std::numeric_limits<Real>::infinity(); }
   // The row of the whole unit that a row of the heads in work is.
@@ -198,7 +203,8 @@ struct Backward {
       load_row<V>(a.query.at(c, whole.query_head(r), a.element), a.element, a.head_dim, 1, query);
       load_row<V>(a.self_key.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, self_key);
       load_row<V>(a.self_value.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, self_value);
-      const Real ds = p * (dot<V>(grad_out, self_value, width) - shift[r]);
+      const Real dp = dot<V>(grad_out, self_value, width), ds = p * (dp - shift[r]);
+      self_weighted[r] = p * dp;
       accumulate_block<V, 1, false>(&ds, 0, 0, self_key, width, 1, width,
                                     grad_query + static_cast<int64_t>(r) * width, width);
       accumulate_block<V, 1, false>(&ds, 0, 0, query, width, 1, width, dk, width);
@@ -286,9 +292,10 @@ struct Backward {
   const AttentionGradients& g;
   const Unit whole;
   const int width;
-  // Of the whole unit's rows: lse in base 2 (in two parts), delta - grad_lse, self slot's P, dQ / scale. Of
-  // its events: dK / scale, dV, dbias.
-  Real *base, *base_rest, *shift, *self_weight, *grad_query, *grad_key, *grad_value, *grad_bias;
+  // Of the whole unit's rows: lse in base 2 (in two parts), delta - grad_lse, self slot's P and P·dP, dQ /
+  // scale. Of its events: dK / scale, dV, dbias.
+  Real *base, *base_rest, *shift, *self_weight, *self_weighted, *grad_query, *grad_key, *grad_value,
+      *grad_bias;
   Real *value_panels, *copied;                   // of the packed events
   Real *query, *grad_out, *weight, *grad_score;  // of the chunk's rows; P and dS as [tile][row][kKeys]
   Real *grad_out_rows, *grad_weight;             // of the block

@@ -306,3 +306,10 @@ def test_values_on_other_devices_are_read_in_debug_mode_only():
     finally:
         attnrec.debug(False)
     assert ops.checks.reads_values(torch.device("cpu"))
+
+
+def test_bad_arguments_on_a_device_without_autocast():
+    with pytest.raises(ValueError, match="key must have shape"):
+        attnrec.target_attention(
+            *(x.to("meta") for x in (ATTENTION.query, META[..., :4], *ATTENTION.args[2:]))
+        )

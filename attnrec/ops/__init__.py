@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from attnrec._extension import extension
 from attnrec.ops import (
@@ -22,7 +21,7 @@ from attnrec.ops import (
 )
 from attnrec.ops.backends import Explanation, use_backend
 from attnrec.ops.checks import debug
-from attnrec.ops.op import Op, device_of
+from attnrec.ops.op import Op, device_of, under_autocast
 
 __all__ = ["OPS", "Explanation", "Op", "call", "debug", "explain", "use_backend"]
 
@@ -69,14 +68,9 @@ def call(name: str, *args: Any, **kwargs: Any) -> Any:
 
 def _raise_in_words(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], error: RuntimeError) -> None:
     """What a compiled kernel refused, as the checks put it; nothing where they find no fault."""
-    arguments = op.bind(args, kwargs)
-    if not any(isinstance(x, Tensor) for x in arguments.values()):
-        op.check(False, **arguments)
-    device = device_of(arguments)
-    if op.autocast is not None and torch.is_autocast_enabled(device.type):
-        arguments = op.autocast(arguments, torch.get_autocast_dtype(device.type))
+    arguments = under_autocast(op, op.bind(args, kwargs))
     try:
-        op.check(checks.reads_values(device), **arguments)
+        op.check(checks.reads_values(device_of(arguments)), **arguments)
     except (TypeError, ValueError) as said:
         raise said from error
 

@@ -64,8 +64,15 @@ class Op:
 
 
 def device_of(arguments: Arguments) -> torch.device:
-    """The device of a call: that of its first tensor."""
-    return next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    """The device of a call: that of its first tensor; without one the CPU, and the checks will object."""
+    return next((x.device for x in arguments.values() if isinstance(x, Tensor)), torch.device("cpu"))
+
+
+def under_autocast(op: Op, arguments: Arguments) -> Arguments:
+    """The arguments as autocast changes them, where it is on."""
+    device = device_of(arguments).type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return op.autocast(arguments, torch.get_autocast_dtype(device)) if on and op.autocast else arguments
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -21,7 +21,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd.function import _SingleLevelFunction
 
 from attnrec.ops import backends
-from attnrec.ops.op import Op, device_of
+from attnrec.ops.op import Op, under_autocast
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -188,17 +188,12 @@ def without_dispatcher(op: Op) -> Callable[..., Any]:
     gradient of the reference, by PyTorch's autograd."""
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        arguments = op.bind(args, kwargs)
-        device = device_of(arguments).type
-        if torch.is_autocast_enabled(device):
-            arguments = op.autocast(arguments, torch.get_autocast_dtype(device))
-
         def compute(*values: Any) -> Any:
-            with torch.autocast(device, enabled=False):
-                call = backends.Call(op, dict(zip(op.names, values, strict=True)))
+            call = backends.Call(op, dict(zip(op.names, values, strict=True)))
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
                 return backends.choose(call).run(call)
 
-        values = tuple(arguments.values())
+        values = tuple(under_autocast(op, op.bind(args, kwargs)).values())
         refuses = op.gradient is None and _is_differentiated(*values)
         return _record(op, compute, values) if refuses else compute(*values)
 

@@ -1,0 +1,105 @@
+"""Everything once, on MovieLens-100k: trains and measures both heads, writes lists, a heat map, a report.
+
+`python -m attnrec.recommender.demo --out runs/demo`, or `make demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from . import report, runs
+from .checkpoint import write_file
+from .data import Interactions, load
+from .movielens import movielens_100k
+from .serve import Recommender
+from .tasks import RankingTask, RetrievalTask, encode_data, popularity
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m attnrec.recommender.demo", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs") / "demo", help="folder (default: runs/demo)")
+    parser.add_argument("--data", type=Path, help="folder with atomic files in place of MovieLens-100k")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, help="at most so many (default: each head's own setting)")
+    options = parser.parse_args(arguments)
+    changes = {} if options.epochs is None else {"epochs": options.epochs}
+    run(options.data or movielens_100k(), options.out, options.seed, Console(), **changes)
+
+
+def run(folder: Path, out: Path, seed: int, console: Console, **changes: int) -> None:
+    """The demo from the files in `folder` to the ones in `out`; `changes` as in `runs.train_head`."""
+    started = time.perf_counter()
+    data = load(folder)
+    encoded = encode_data(data)
+    console.print(
+        f"{len(data.user):,} events of {len(data.user_names):,} users, {len(data.item_names):,} items"
+    )
+    retrieval, ranking = (
+        runs.train_head(head, encoded, out, console, seed=seed, **changes) for head in runs.HEADS
+    )
+    assert isinstance(retrieval, RetrievalTask)
+    assert isinstance(ranking, RankingTask)
+
+    found_lists, users, ids, probabilities = retrieval.test()
+    found_clicks, rows, clicks = ranking.test()
+    report.write_csv(
+        out / "recommendations.csv",
+        ["user", "rank", "item", "title", "probability"],
+        _lists(data, users, ids.numpy(), probabilities.numpy()),
+    )
+    report.write_csv(
+        out / "ranking.csv",
+        ["user", "item", "label", "probability"],
+        _clicks(data, ranking, rows.numpy(), clicks.numpy()),
+    )
+    recommender = Recommender(encoded, retrieval, ranking)
+    shown = [0, len(users) // 2, len(users) - 1]
+    first = recommender.recommend(shown[0], 1)[0].item
+    report.heat_map(out / "heatmap.png", data, recommender.explain(shown[0], first))
+    metrics = {
+        "retrieval": found_lists,
+        "popularity": popularity(encoded),
+        "ranking": found_clicks,
+        "seconds": round(time.perf_counter() - started, 1),
+        "environment": report.environment(),
+    }
+    write_file(out / "metrics.json", json.dumps(metrics, indent=2).encode())
+    write_file(out / "report.html", report.page(metrics, recommender, shown).encode())
+    console.print(runs.metrics_table(metrics))
+    console.print(f"{metrics['seconds']} s; see {out / 'report.html'}")
+
+
+def _lists(
+    data: Interactions, users: np.ndarray, ids: np.ndarray, probabilities: np.ndarray
+) -> Iterator[tuple[str, int, str, str, str]]:
+    """Rows of recommendations.csv: the lists that the retrieval metrics measure."""
+    for user, items, chances in zip(users, ids, probabilities, strict=True):
+        for rank, (item, chance) in enumerate(zip(items, chances, strict=True), start=1):
+            if item >= 0:
+                yield data.user_names[user], rank, data.item_names[item], data.titles[item], f"{chance:.9g}"
+
+
+def _clicks(
+    data: Interactions, ranking: RankingTask, rows: np.ndarray, probabilities: np.ndarray
+) -> Iterator[tuple[str, str, int, str]]:
+    """Rows of ranking.csv: one for each test event."""
+    for row, chance in zip(rows, probabilities, strict=True):
+        yield (
+            data.user_names[data.user[row]],
+            data.item_names[data.item[row]],
+            int(ranking.likes[row]),
+            f"{chance:.9g}",
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Trainings as a person runs them: settings good for MovieLens-100k, progress on the screen, logs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .model import RankingConfig, RetrievalConfig
+from .tasks import Encoded, RankingTask, RetrievalTask, popularity
+from .train import TrainConfig, fit
+
+HEADS = ("retrieval", "ranking")
+# chosen by the validation events: docs/recommender.md has the runs
+SETTINGS: dict[str, TrainConfig] = {
+    "retrieval": TrainConfig(epochs=30, batch_users=8, learning_rate=1e-3),
+    "ranking": TrainConfig(
+        epochs=15, batch_users=4, learning_rate=2e-3, weight_decay=1e-4, embedding_decay=1e-4
+    ),
+}
+
+
+def make_task(head: str, encoded: Encoded) -> RetrievalTask | RankingTask:
+    if head == "retrieval":
+        return RetrievalTask(encoded, RetrievalConfig())
+    return RankingTask(encoded, RankingConfig())
+
+
+def train_head(
+    head: str,
+    encoded: Encoded,
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    tensorboard: bool = False,
+    **changes: Any,
+) -> RetrievalTask | RankingTask:
+    """Trains a head into `folder/<head>` and returns it with the best weights.
+
+    Args:
+        resume, changes: see `train.fit`; settings of `TrainConfig` other than the head's own.
+        tensorboard: write the epochs' metrics for TensorBoard, too (needs the extra `tensorboard`).
+    """
+    config = replace(SETTINGS[head], **changes)
+    torch.manual_seed(config.seed)  # the weights at the start
+    task = make_task(head, encoded)
+    folder = folder / head
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(_progress(console))
+        log = stack.enter_context(_tensorboard_log(folder)) if tensorboard else None
+        bar = progress.add_task(f"{head} epoch 1", total=None)
+
+        def on_step(step: int, steps: int) -> None:
+            progress.update(bar, completed=step, total=steps)
+
+        def on_epoch(row: dict[str, float]) -> None:
+            epoch = int(row["epoch"]) + 1
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "epoch")
+            console.print(f"{head} epoch {epoch:2}  {shown}", highlight=False)
+            progress.update(bar, description=f"{head} epoch {epoch + 1}", completed=0)
+            if log is not None:
+                for name, value in row.items():
+                    log.add_scalar(f"{head}/{name}", value, epoch)
+
+        fit(task, config, folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
+    return task
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+@contextlib.contextmanager
+def _tensorboard_log(folder: Path) -> Iterator[Any]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RuntimeError(
+            f"TensorBoard logs need the extra: pip install 'attnrec[tensorboard]' ({error})"
+        ) from error
+    with SummaryWriter(folder / "tensorboard") as writer:
+        yield writer
+
+
+def evaluate(encoded: Encoded, retrieval: RetrievalTask, ranking: RankingTask) -> dict[str, Any]:
+    """The metrics of both heads and of the popularity baseline on the test events."""
+    return {
+        "retrieval": retrieval.test()[0],
+        "popularity": popularity(encoded),
+        "ranking": ranking.test()[0],
+    }
+
+
+def metrics_table(metrics: dict[str, Any]) -> Table:
+    table = Table("head", "metric", "value")
+    for group, found in metrics.items():
+        if group in (*HEADS, "popularity"):
+            for name, value in found.items():
+                table.add_row(group, name, f"{value:.4f}")
+    return table

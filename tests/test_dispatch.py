@@ -138,6 +138,18 @@ class TestExplain:
         assert (said.backend, said.forced) == ("reference", True)
         assert said.reasons["triton"] == "this version has no Triton kernels"
 
+    def test_other_threads_go_on_meanwhile(self):
+        results = []
+
+        def function():
+            thread = threading.Thread(target=lambda: results.append(attnrec.target_attention(*BATCH.args)))
+            thread.start()
+            thread.join()
+            return attnrec.target_attention(*BATCH.args)
+
+        assert attnrec.explain(function).op == "target_attention"
+        assert torch.equal(results[0], attnrec.target_attention(*BATCH.args))
+
     def test_dense_input_and_other_devices(self):
         query = torch.ones(1, 2, 3, 8, device="meta")
         said = attnrec.explain(attnrec.target_attention, query, query, query)

@@ -3,6 +3,7 @@
 Each has a file of its name with its checks, shapes and gradient; OPS is the list of them.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,7 @@ else:
 
 backends.force_by_environment()
 
-_explaining = False
+_explaining = 0  # the thread that runs `explain`: calls of others are not held up
 
 
 class _Explained(Exception):  # not an error: it ends the call that `explain` looks at
@@ -57,7 +58,7 @@ class _Explained(Exception):  # not an error: it ends the call that `explain` lo
 
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """Runs an op. Bad arguments raise the ValueError or TypeError of `checks`, whichever backend met them."""
-    if _explaining:
+    if _explaining and _explaining == threading.get_ident():
         raise _Explained(backends.Call(OPS[name], OPS[name].bind(args, kwargs)))
     try:
         return _functions[name](*args, **kwargs)
@@ -87,11 +88,11 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
         if function not in OPS:
             raise ValueError(f"no op {function!r}: there are {', '.join(OPS)}")
         return backends.explanation(backends.Call(OPS[function], OPS[function].bind(args, kwargs)))
-    _explaining = True
+    _explaining = threading.get_ident()
     try:
         function(*args, **kwargs)
     except _Explained as reached:
         return backends.explanation(reached.call)
     finally:
-        _explaining = False
+        _explaining = 0
     raise ValueError(f"{getattr(function, '__name__', function)} called no op of attnrec")

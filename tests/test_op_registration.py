@@ -286,6 +286,11 @@ class TestAutocast:
         out.float().sum().backward()
         assert args[1].grad.dtype == torch.float32
 
+    def test_float64_stays(self, backend):
+        batch = make_jagged([1], [2], dtype=torch.float64)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert attnrec.target_attention(*batch.args).dtype == torch.float64
+
     def test_scoring_and_loss(self, backend):
         (users, items, offsets), _ = inputs("softmax_score")[0]
         with torch.autocast("cpu", torch.bfloat16):

@@ -62,7 +62,9 @@ class Padding:
 
 def even_offsets(users: int, size: int, device: torch.device) -> Tensor:
     """Offsets `[users + 1]` of a dense batch: every user has `size` rows."""
-    return torch.arange(users + 1, device=device) * size
+    if size == 0 or torch.compiler.is_compiling():  # to which the shape below would not be users + 1
+        return torch.arange(users + 1, device=device) * size
+    return torch.arange(0, users * size + 1, size, device=device)
 
 
 def read_padding(mask: Tensor | None, users: int, events: int, device: torch.device) -> Padding:

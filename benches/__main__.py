@@ -105,10 +105,28 @@ def run(cases: Sequence[Case], options: argparse.Namespace, command: str) -> dic
     }
 
 
+def dump(results: dict[str, Any]) -> str:
+    """JSON with a line for each row, numbers with the four digits that mean something."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.4g}")
+        if isinstance(value, dict):
+            return {name: short(x) for name, x in value.items()}
+        return [short(x) for x in value] if isinstance(value, list) else value
+
+    head = json.dumps({**results, "rows": []}, indent=1, ensure_ascii=False)
+    rows = ",\n  ".join(json.dumps(short(row), ensure_ascii=False) for row in results["rows"])
+    return head.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n"
+
+
 def show(results: dict[str, Any], *, to_stderr: bool) -> None:
     for op, rows in tables.by_op(results["rows"]).items():
         lines = [line for row in rows for line in tables.lines(row)]
         console.table(op, tables.HEADER, lines, to_stderr=to_stderr)
+    serving = tables.serving_lines(results["rows"])
+    if serving:
+        console.table("serving", tables.SERVING_HEADER, serving, to_stderr=to_stderr)
     missing = [
         (name, reason, str(count))
         for name, found in tables.reasons(results["rows"]).items()
@@ -139,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if old is not None:
         compare.show(old, results, to_stderr=quiet)
     if options.json:
-        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        text = dump(results)
         if quiet:
             sys.stdout.write(text)
         else:

@@ -95,6 +95,7 @@ class Case:
         peers: by name.
         varied: in the growth suite: what is varied, and its value.
         threads: where the case says how many; else the runner's.
+        more: what else to measure, of the contenders whose result is right; goes into the row as it is.
     """
 
     op: str
@@ -106,6 +107,7 @@ class Case:
     peers: Mapping[str, Peer] = field(default_factory=dict)
     varied: tuple[str, int] | None = None
     threads: int | None = None
+    more: Callable[[Any, Sequence[str]], dict[str, Any]] | None = None
 
     @property
     def key(self) -> str:

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from benches.case import Case
 
 # A module each, with `OP` and `CASES`; the order of the tables.
-OPS = ("target_attention",)
+OPS = (
+    "target_attention",
+    "target_attention_weights",
+    "softmax_score",
+    "catalog_topk",
+    "catalog_cross_entropy",
+    "fused_multi_head_attention",
+    "serving",
+    "training",
+)
 GROWTH = "growth"
 
 

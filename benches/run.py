@@ -82,6 +82,9 @@ def run_case(
         for name, (contender, verdict) in right.items():
             memory = peak_memory(contender.call, device)
             row["results"][name] = result(timed[name], row, memory, verdict, contender.note)
+        if case.more is not None:
+            say("more")
+            row["more"] = case.more(problem, list(right))
     return row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 from typing import Any
 
 from benches.run import OURS, Row
@@ -74,3 +75,59 @@ def reasons(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
             of_peer = found.setdefault(name, {})
             of_peer[reason] = of_peer.get(reason, 0) + 1
     return found
+
+
+# --- serving ------------------------------------------------------------------------------------------------
+
+SERVING_HEADER = ("case", "who", "p50", "p95", "p99", "answers/s", "arrivals/s")
+
+
+def serving_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Of the rows that simulated a service."""
+    found = []
+    for row in rows:
+        more = row.get("more")
+        for name, of in more["services"].items() if more else ():
+            found.append(
+                (
+                    row["case"] if name == OURS else "",
+                    name,
+                    *(seconds(of[q]) for q in ("p50", "p95", "p99")),
+                    f"{of['requests_per_second']:.0f}",
+                    f"{more['arrivals_per_second']:.0f}",
+                )
+            )
+    return found
+
+
+# --- growth -------------------------------------------------------------------------------------------------
+
+
+def growth(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float, float | None]]]]:
+    """What is varied → contender → (value, seconds, bytes), the values rising."""
+    found: dict[str, dict[str, list[tuple[int, float, float | None]]]] = {}
+    for row in rows:
+        if row["varied"] is None:
+            continue
+        what, value = row["varied"]
+        for name, result in row["results"].items():
+            points = found.setdefault(what, {}).setdefault(name, [])
+            points.append((value, result["seconds"], result["memory"]))
+    for contenders in found.values():
+        for points in contenders.values():
+            points.sort()
+    return found
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """The exponent of growth: of the least-squares line through the upper half in logarithms.
+
+    The upper half, because small sizes pay the price of a call and not of the work.
+    """
+    logarithms = [(log(x), log(y)) for x, y in points if x > 0 and y > 0]
+    upper = logarithms[max(0, len(logarithms) // 2 - 1) :]
+    if len(upper) < 2:
+        return float("nan")
+    mean_x, mean_y = (sum(column) / len(upper) for column in zip(*upper, strict=True))
+    spread = sum((x - mean_x) ** 2 for x, _ in upper)
+    return sum((x - mean_x) * (y - mean_y) for x, y in upper) / spread

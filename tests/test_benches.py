@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def smoke():
     """`python -m benches --suite smoke --json`, as a user starts it."""
-    command = [sys.executable, "-m", "benches", "--suite", "smoke", "--json", "--seconds", "0"]
+    options = ["--suite", "smoke", "--json", "--seconds", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "benches", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

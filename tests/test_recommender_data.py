@@ -40,8 +40,8 @@ def test_every_column_type(tmp_path):
     assert columns["d"] == [[1.0, 2.0], []]
 
 
-def test_windows_line_ends_and_blank_lines(tmp_path):
-    columns = read_atomic(write(tmp_path / "f.item", "a:token\tb:float\r\nx\t1\r\n\r\ny\t2\r\n"))
+def test_windows_line_ends_and_empty_lines_at_the_end(tmp_path):
+    columns = read_atomic(write(tmp_path / "f.item", "a:token\tb:float\r\nx\t1\r\ny\t2\r\n\r\n\r\n"))
     assert columns == {"a": ["x", "y"], "b": [1.0, 2.0]}
 
 
@@ -50,6 +50,7 @@ def test_windows_line_ends_and_blank_lines(tmp_path):
     [
         ("a:token\tb:float\nx\t1\ny\n", 3, "1 fields, the header has 2"),
         ("a:token\tb:float\nx\t1\ty\n", 2, "3 fields"),
+        ("a:token\tb:float\nx\t1\n\n\ny\t1\n", 3, "an empty line"),
         ("a:token\tb:float\nx\tone\n", 2, "column b (float): got 'one'"),
         ("a:token\tb:float_seq\nx\t1 two\n", 2, "column b (float_seq): got '1 two'"),
         ("a:token\tb:number\n", 1, "header field 'b:number'"),
@@ -57,7 +58,7 @@ def test_windows_line_ends_and_blank_lines(tmp_path):
         ("a\n", 1, "header field 'a'"),
         ("", 1, "header field ''"),
     ],
-    ids=["short", "long", "number", "numbers", "type", "twice", "untyped", "empty"],
+    ids=["short", "long", "blank", "number", "numbers", "type", "twice", "untyped", "empty"],
 )
 def test_malformed_rows_are_reported_by_file_and_line(tmp_path, text, line, message):
     path = write(tmp_path / "bad.inter", text)

@@ -4,6 +4,15 @@
 the extra: `pip install 'attnrec[recommender]'`.
 """
 
+try:
+    import rich  # noqa: F401
+    import safetensors  # noqa: F401
+    import torchmetrics  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"attnrec.recommender needs {error.name}: pip install 'attnrec[recommender]'", name=error.name
+    ) from error
+
 from .data import Fields, Interactions, load
 from .model import Candidates, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
 from .tasks import Encoded, RankingTask, RetrievalTask, encode_data, restore

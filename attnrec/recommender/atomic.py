@@ -16,7 +16,11 @@ from typing import Any
 Column = list[Any]  # one value a row: str, float, list[str] or list[float]
 
 
-class AtomicFileError(ValueError):
+class DataSetError(ValueError):
+    """Files that cannot be read as a data set."""
+
+
+class AtomicFileError(DataSetError):
     """A malformed atomic file; the message starts with `file:line:`."""
 
     def __init__(self, path: Path, line: int, message: str) -> None:
@@ -41,7 +45,8 @@ def read_atomic(path: str | Path) -> dict[str, Column]:
     Raises:
         FileNotFoundError: there is no such file.
         AtomicFileError: a header without known types or with a repeated name, a row with another number of
-            fields than the header, a number that is none, or text that is not UTF-8.
+            fields than the header, an empty line before the last row, a number that is none, or text that is not
+            UTF-8.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -50,10 +55,14 @@ def read_atomic(path: str | Path) -> dict[str, Column]:
         targets = [
             (name, kind, PARSERS[kind], columns[name].append) for name, kind in zip(names, kinds, strict=True)
         ]
+        blank = 0
         for line, raw in enumerate(file, start=2):
             text = _text(path, line, raw)
             if not text:
+                blank = blank or line
                 continue
+            if blank:  # allowed at the end only, so that row n stands in line n + 2
+                raise AtomicFileError(path, blank, "an empty line")
             fields = text.split("\t")
             if len(fields) != len(names):
                 raise AtomicFileError(path, line, f"{len(fields)} fields, the header has {len(names)}")

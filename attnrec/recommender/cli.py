@@ -10,13 +10,25 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from . import runs
+from .atomic import DataSetError
 from .checkpoint import CheckpointError, write_file
-from .data import Interactions, load
+from .data import Interactions, UnknownNameError, load
 from .movielens import LICENSE, DataError, movielens_100k
+from .serve import Recommender
 from .tasks import Encoded, encode_data
 
 MOVIELENS = "movielens-100k"
 DEFAULT_RUN = Path("runs") / MOVIELENS
+# what the user can mend; anything else is a bug and keeps its traceback
+MENDABLE = (
+    CheckpointError,
+    DataError,
+    DataSetError,
+    FileNotFoundError,
+    UnknownNameError,
+    runs.MissingExtraError,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,11 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     try:
         options.command(options, console)
-    except (DataError, CheckpointError, FileNotFoundError, ValueError, RuntimeError) as error:
+    except MENDABLE as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        return 1
-    except KeyError as error:  # its text is the repr of the message
-        console.print(f"error: {error.args[0]}", style="red", markup=False, highlight=False)
         return 1
     return 0
 
@@ -145,8 +154,6 @@ def _data(options: argparse.Namespace, console: Console) -> None:
 
 
 def _train(options: argparse.Namespace, console: Console) -> None:
-    from . import runs
-
     encoded = _encoded(options)
     changes = {"seed": options.seed} | ({} if options.epochs is None else {"epochs": options.epochs})
     for head in runs.HEADS if options.head == "both" else (options.head,):
@@ -163,8 +170,7 @@ def _train(options: argparse.Namespace, console: Console) -> None:
 
 
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
-    from . import report, runs
-    from .serve import Recommender
+    from . import report
 
     recommender = Recommender.load(_encoded(options), options.run)
     found = runs.evaluate(recommender.encoded, recommender.retrieval, recommender.ranking)
@@ -174,7 +180,6 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
 
 
 def _recommend(options: argparse.Namespace, console: Console) -> None:
-    from .serve import Recommender
 
     recommender = Recommender.load(_encoded(options), options.run)
     data = recommender.encoded.data
@@ -192,7 +197,6 @@ def _recommend(options: argparse.Namespace, console: Console) -> None:
 
 def _explain(options: argparse.Namespace, console: Console) -> None:
     from . import report
-    from .serve import Recommender
 
     recommender = Recommender.load(_encoded(options), options.run)
     data = recommender.encoded.data

@@ -11,10 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .atomic import Column, read_atomic
+from .atomic import Column, DataSetError, read_atomic
 
 Ids = NDArray[np.int64]
 TRAIN, VALID, TEST = 0, 1, 2
+
+
+class UnknownNameError(LookupError):
+    """No user or item has this raw id."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def _look_up(names: list[str], name: str, what: str) -> int:
     try:
         return names.index(name)
     except ValueError:
-        raise KeyError(
+        raise UnknownNameError(
             f"no {what} {name!r}; known are {len(names)}, such as {', '.join(names[:3])}"
         ) from None
 
@@ -85,7 +89,8 @@ def load(folder: str | Path, fields: Fields | None = None) -> Interactions:
     Raises:
         FileNotFoundError: the folder has not exactly one `.inter` file.
         AtomicFileError: a malformed row, by file and line.
-        ValueError: a column is missing, or an event lacks its user, item, rating or time.
+        DataSetError: a column is missing, an event lacks its user, item, rating or time, or the files do not
+            fit together.
     """
     fields = fields or Fields()
     folder = Path(folder)
@@ -93,12 +98,12 @@ def load(folder: str | Path, fields: Fields | None = None) -> Interactions:
     events = read_atomic(path)
     for name in (fields.user, fields.item, fields.rating, fields.time):
         if name not in events:
-            raise ValueError(f"{path}: no column {name}, only {', '.join(events)}")
+            raise DataSetError(f"{path}: no column {name}, only {', '.join(events)}")
     rating, time = (np.asarray(events[name], dtype=np.float64) for name in (fields.rating, fields.time))
     empty = (x == "" for x in (np.asarray(events[fields.user]), np.asarray(events[fields.item])))
     missing = np.logical_or.reduce([*empty, np.isnan(rating), np.isnan(time)])
     if missing.any():
-        raise ValueError(f"{path}:{int(missing.argmax()) + 2}: an event without user, item, rating or time")
+        raise DataSetError(f"{path}:{int(missing.argmax()) + 2}: an event without user, item, rating or time")
 
     user_names, user_columns = _entities(folder, "user", fields.user, events[fields.user])
     item_names, item_columns = _entities(folder, "item", fields.item, events[fields.item])
@@ -135,13 +140,13 @@ def _entities(folder: Path, kind: str, key: str, used: Column) -> tuple[list[str
     path = _only(folder, kind)
     columns = read_atomic(path)
     if key not in columns:
-        raise ValueError(f"{path}: no column {key}, only {', '.join(columns)}")
+        raise DataSetError(f"{path}: no column {key}, only {', '.join(columns)}")
     names = columns[key]
     if len(set(names)) != len(names):
-        raise ValueError(f"{path}: a {kind} is there twice")
+        raise DataSetError(f"{path}: a {kind} is there twice")
     unknown = set(used) - set(names)
     if unknown:
-        raise ValueError(
+        raise DataSetError(
             f"{path}: {len(unknown)} {kind}s of the events are not there, such as {min(unknown)}"
         )
     return names, columns

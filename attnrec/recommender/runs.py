@@ -17,6 +17,11 @@ from .model import RankingConfig, RetrievalConfig
 from .tasks import Encoded, RankingTask, RetrievalTask, popularity
 from .train import TrainConfig, fit
 
+
+class MissingExtraError(ImportError):
+    """A package that an optional part needs is not installed."""
+
+
 HEADS = ("retrieval", "ranking")
 # chosen by the validation events: docs/recommender.md has the runs
 SETTINGS: dict[str, TrainConfig] = {
@@ -84,7 +89,7 @@ def _tensorboard_log(folder: Path) -> Iterator[Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RuntimeError(
+        raise MissingExtraError(
             f"TensorBoard logs need the extra: pip install 'attnrec[tensorboard]' ({error})"
         ) from error
     with SummaryWriter(folder / "tensorboard") as writer:

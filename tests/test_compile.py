@@ -148,6 +148,29 @@ def test_a_compiled_graph_obeys_use_backend():
         compiled(*case.args)
 
 
+def test_gradients_of_a_forced_reference():
+    """Compiled graphs run with autograd cut off, by which the reference finds its gradients: once all zeros."""
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    case = batch(0)
+    with attnrec.use_backend("reference"):
+        got = loss_and_grads(compiled, case.args, case.options)
+    for x, y in zip(got, loss_and_grads(attention, case.args, case.options), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode):
+    case = make_jagged([2, 1], [3, 2], dim=8)
+    args = [case.query.requires_grad_(), *case.args[1:]]
+    compiled = torch.compile(
+        lambda *args: attnrec.target_attention(*args), fullgraph=True, backend="aot_eager"
+    )
+    with mode():
+        got = compiled(*args)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, attnrec.target_attention(*args))
+
+
 def test_bad_shapes_are_named_while_tracing():
     compiled = torch.compile(
         lambda *args: attnrec.target_attention(*args), fullgraph=True, backend="aot_eager"

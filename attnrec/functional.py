@@ -2,8 +2,7 @@
 
 Shapes: `B` users, `C` candidates of a user, `L` events of a history, `T_c = sum C`, `T_l = sum L`, `H` query
 heads, `H_kv` key/value heads, `D` head dim, `N` catalogue size. Offsets are int32 or int64 `[B + 1]`, start
-at 0, rise, and
-end at the number of rows: user b's rows are `offsets[b] ... offsets[b + 1] - 1`.
+at 0, rise, and end at the number of rows: user b's rows are `offsets[b] ... offsets[b + 1] - 1`.
 """
 
 from typing import Literal

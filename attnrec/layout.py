@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnrec.ops.checks import FLOATS, INTEGERS, Check
+from attnrec.ops.checks import FLOATS, INTEGERS, Check, reads_values
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Native:
     value: Tensor | None
     q_offsets: Tensor
     kv_offsets: Tensor
-    options: dict[str, Tensor | None]
+    options: dict[str, Tensor]
     rows: Callable[[Tensor], Tensor]
     pairs: Callable[[Tensor, Tensor], Any]
 
@@ -213,6 +213,20 @@ def nested_offsets(x: Tensor) -> Tensor:
     return x.offsets() if x.lengths() is None else x.contiguous().offsets()
 
 
+def _check_users(op: str, name: str, x: Tensor | None, like_name: str, offsets: Tensor) -> None:
+    """Nested `x` must have as many rows for each user as `like_name`; packed, it would go unnoticed."""
+    if not _is_nested(x):
+        return
+    own = nested_offsets(x)
+    if own is offsets or torch.compiler.is_compiling() or not reads_values(own.device):
+        return
+    if not torch.equal(own, offsets):
+        raise ValueError(
+            f"{op}: {name} must have {like_name}'s number of rows for each user, {offsets.diff().tolist()}, "
+            f"got {own.diff().tolist()}"
+        )
+
+
 def from_nested(
     op: str, query: Tensor, key: Tensor, value: Tensor | None, options: dict[str, Tensor | None]
 ) -> Native:
@@ -232,7 +246,11 @@ def from_nested(
                 f"{op}: {name} must be nested [B, j, H, D] or [B, H, j, D], got {list(x.shape)} ragged in "
                 f"dimension {x._ragged_idx}"
             )
-    q_offsets, transposed = nested_offsets(query), query._ragged_idx == 2
+    q_offsets, kv_offsets, transposed = nested_offsets(query), nested_offsets(key), query._ragged_idx == 2
+    _check_users(op, "value", value, "key", kv_offsets)
+    for name, x in options.items():
+        of_events = name == "key_bias"
+        _check_users(op, name, x, "key" if of_events else "query", kv_offsets if of_events else q_offsets)
 
     def rows(x: Tensor) -> Tensor:
         nested = torch.nested.nested_tensor_from_jagged(x, q_offsets)
@@ -243,7 +261,7 @@ def from_nested(
         nested_values(key),
         nested_values(value),
         q_offsets,
-        nested_offsets(key),
+        kv_offsets,
         {name: nested_values(x) for name, x in options.items()},
         rows,
         torch.nested.nested_tensor_from_jagged,
@@ -259,6 +277,7 @@ def candidates(
     """Dense `items [B, C, D]` or nested `[B, j, D]`: native items, offsets and bias, and the way back."""
     if _is_nested(items):
         offsets = nested_offsets(items)
+        _check_users("softmax_score", "bias", bias, "items", offsets)
         back = partial(torch.nested.nested_tensor_from_jagged, offsets=offsets)
         return nested_values(items), offsets, nested_values(bias), back
     checked = Check("softmax_score", ("items", items))

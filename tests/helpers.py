@@ -61,6 +61,10 @@ class Jagged:
     def with_(self, **changes: Any) -> "Jagged":
         return replace(self, **changes)
 
+    def to(self, device: torch.device) -> "Jagged":
+        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
+
     def hidden(self) -> Tensor:
         """Bool `[T_l]`: the events that no candidate sees because of `kv_lengths`."""
         hidden = torch.zeros(self.key.shape[0], dtype=torch.bool)
@@ -240,12 +244,15 @@ def assert_matches_reference(
     function: Callable[..., Any] | None = None,
     differentiate: Sequence[int] = (),
     without_grad: Sequence[str] = (),
+    slack: float = 1.0,
     **kwargs: Any,
 ) -> None:
     """Holds op `name` (or `function` in its place) against `attnrec.reference`, outputs and gradients.
 
     Floating outputs and gradients by `assert_close_to_reference` (gradients with factor 3), integers exactly.
     `differentiate`: the indices of the outputs that have gradients, `(0, 1)` for `target_attention`.
+    `slack` multiplies the factors: where a batch is a handful of numbers, by chance plain PyTorch has almost
+    no error in them.
     """
     function = getattr(torch.ops.attnrec, name) if function is None else function
     meaning = getattr(reference, name)
@@ -257,10 +264,10 @@ def assert_matches_reference(
     assert len(got) == len(exact)
     for i, (x, by_plain, by_exact) in enumerate(zip(got, plain, exact, strict=True)):
         if x.is_floating_point():
-            assert_close_to_reference(x, by_plain, by_exact, what=f"{name} output {i}")
+            assert_close_to_reference(x, by_plain, by_exact, factor=2.0 * slack, what=f"{name} output {i}")
         else:
             assert torch.equal(x, by_exact), f"{name} output {i} differs"
     assert got_grads.keys() == exact_grads.keys()
     for of, grad in got_grads.items():
         what = f"{name} gradient of {of}"
-        assert_close_to_reference(grad, plain_grads[of], exact_grads[of], factor=3.0, what=what)
+        assert_close_to_reference(grad, plain_grads[of], exact_grads[of], factor=3.0 * slack, what=what)

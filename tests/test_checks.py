@@ -283,6 +283,20 @@ class TestNested:
         with pytest.raises(ValueError, match="query must be nested"):
             attnrec.target_attention(self.nested(4), self.nested(2, 4), self.nested(2, 4))
 
+    def test_other_rows_of_a_user(self):
+        """As many in all, so that the packed tensors fit."""
+        key = self.nested(2, 4)
+        value = torch.nested.nested_tensor([torch.ones(n, 2, 4) for n in (3, 2)], layout=torch.jagged)
+        with pytest.raises(ValueError, match=r"value must have key's .* \[2, 3\], got \[3, 2\]"):
+            attnrec.target_attention(key, key, value)
+        bias = torch.nested.nested_tensor([torch.ones(n, 2) for n in (3, 2)], layout=torch.jagged)
+        with pytest.raises(ValueError, match="key_bias must have key's"):
+            attnrec.target_attention(key, key, key, key_bias=bias)
+        scores = torch.nested.nested_tensor([torch.ones(n) for n in (3, 2)], layout=torch.jagged)
+        with pytest.raises(ValueError, match="bias must have items's"):
+            attnrec.softmax_score(torch.ones(2, 4), self.nested(4), bias=scores)
+        attnrec.target_attention(key, key, self.nested(2, 4))  # offsets of its own, and the same
+
     def test_mask(self):
         with pytest.raises(ValueError, match="key_padding_mask"):
             attnrec.target_attention(*[self.nested(2, 4)] * 3, key_padding_mask=torch.ones(2, 3) > 0)

@@ -149,7 +149,7 @@ def test_a_compiled_graph_obeys_use_backend():
 
 
 def test_gradients_of_a_forced_reference():
-    """Compiled graphs run with autograd cut off, by which the reference finds its gradients: once all zeros."""
+    """Compiled graphs run with autograd cut off, by which the reference finds its gradients: once zeros."""
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     case = batch(0)
     with attnrec.use_backend("reference"):

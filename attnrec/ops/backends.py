@@ -1,9 +1,8 @@
 """The backends, which of them serves a call, and how a user chooses or asks.
 
 A backend has a `name`, says of a call why it cannot serve it (`supports`, None where it can), and runs it.
-BACKENDS is
-the order of preference: the first that supports a call serves it, unless one is forced. `reference` is last
-and supports everything.
+BACKENDS is the order of preference: the first that supports a call serves it, unless one is forced.
+`reference` is last and supports everything.
 
 On CPU tensors the usual call never comes here: the C++ kernels are registered for the CPU with the dispatcher
 itself. A kernel that asks here takes their place only while another backend is forced
@@ -151,7 +150,7 @@ class use_backend:  # a function to its user, which may also stand in a `with`
 
 
 def _force(backend: Backend | None) -> None:
-    from attnrec.ops import registration
+    from attnrec.ops import registration  # which itself asks `choose`
 
     global _forced
     _forced = backend

@@ -57,6 +57,20 @@ def seeded():
 
 
 @pytest.fixture
+def device():
+    """Where the ops' tests put their tensors."""
+    return torch.device(os.environ.get("ATTNREC_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture
+def threads():
+    """`threads(n)` sets torch's number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def peak_memory():
     """`with peak_memory() as grown: ...; grown()`: by how many bytes the peak of resident memory in the block
     lies above what was resident before it."""

@@ -1,0 +1,244 @@
+"""`target_attention`, forward: against the reference, and what its contract says beside the numbers."""
+
+import pytest
+import torch
+from helpers import DTYPES, OPTIONS, assert_matches_reference, jagged_batches, make_jagged
+from helpers_attention import (
+    DIMS,
+    EDGES,
+    HEADS,
+    INF,
+    NAN,
+    OPTION_SETS,
+    attend,
+    layouts,
+    mixed,
+    of_rows,
+    of_user,
+    shuffled,
+    together,
+)
+from hypothesis import given
+
+import attnrec
+
+
+def check(batch, slack=1.0, **changes):
+    def function(*args, **kwargs):
+        return attnrec.target_attention(*args, return_lse=True, **kwargs)
+
+    options = {**batch.options, **changes}
+    assert_matches_reference("target_attention", *batch.args, function=function, slack=slack, **options)
+
+
+class TestAgainstReference:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("options", OPTION_SETS, ids="+".join)
+    def test_every_dtype_and_option(self, device, dtype, options):
+        check(mixed(dtype=dtype, options=options).to(device))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dim", DIMS)
+    def test_every_dim(self, device, dtype, dim):
+        check(
+            make_jagged([40, 3, 21], [70, 300, 9], heads=2, dim=dim, dtype=dtype, options=["self"]).to(device)
+        )
+
+    @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+    @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
+    def test_grouped_heads(self, device, heads, kv_heads, options):
+        check(mixed(heads=heads, kv_heads=kv_heads, options=options).to(device))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("candidates", "events"), EDGES)
+    def test_sizes_around_tiles(self, device, candidates, events, dtype):
+        batch = make_jagged([candidates, 40], [events, events + 1], heads=2, dim=24, dtype=dtype)
+        check(batch.to(device), slack=2.0 if candidates < 10 else 1.0)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_long_history(self, device, dtype):
+        check(make_jagged([20], [9000], heads=2, dim=16, dtype=dtype).to(device))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("deviation", [8, 50])
+    def test_huge_logits(self, device, dtype, deviation):
+        check(mixed(dtype=dtype, spread=deviation**0.5, options=["self", "key_bias"]).to(device), slack=1.5)
+
+    @pytest.mark.parametrize("scale", [0.0, -0.3, 1.0, 2])
+    def test_scale(self, device, scale):
+        check(mixed(options=["self", "key_bias"]).to(device), scale=scale)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_bias_in_the_query_s_dtype(self, device, dtype):
+        batch = mixed(dtype=dtype, options=["key_bias"])
+        check(batch.with_(key_bias=batch.key_bias.to(dtype)).to(device))
+
+    def test_causal(self, device):
+        batch = make_jagged([150, 20], [150, 20], dim=16)
+        check(batch.with_(visible=torch.cat([torch.arange(1, 151), torch.arange(1, 21)])).to(device))
+
+    @pytest.mark.parametrize(
+        ("candidates", "events"), [([], []), ([0, 0], [3, 0]), ([2, 3], [0, 0]), ([0, 4, 0], [5, 0, 7])]
+    )
+    @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+    def test_nothing_there(self, device, candidates, events, options):
+        check(make_jagged(candidates, events, options=options).to(device), slack=3.0)
+
+    @given(batch=jagged_batches(dtypes=DTYPES, dims=[8, 16, 20, 32, 64, 100]))
+    def test_any_batch(self, device, batch):
+        check(batch.to(device), slack=4.0)
+
+
+def test_a_row_that_sees_nothing_has_zeros_and_minus_infinity(device):
+    batch = mixed().to(device)
+    hidden = torch.full(batch.key.shape[:1] + batch.query.shape[1:2], -INF, device=device)
+    for blind in (
+        {"visible": torch.zeros(batch.query.shape[0], dtype=torch.int32, device=device)},
+        {"kv_lengths": torch.zeros(5, dtype=torch.int64, device=device)},
+        {"key_bias": hidden},
+    ):
+        out, lse = attend(batch, **blind)
+        assert (out == 0).all()
+        assert (lse == -INF).all()
+
+
+class TestNaN:
+    """A NaN reaches only those who see it; for all others nothing changes, not a bit."""
+
+    def test_of_another_user(self, device):
+        batch = mixed(options=OPTIONS).to(device)
+        clean = attend(batch)
+        other = (
+            slice(int(batch.q_offsets[3]), None),
+            slice(int(batch.kv_offsets[3]), int(batch.kv_offsets[4])),
+        )
+        for name, where in [("query", 0), ("key", 1), ("value", 1), ("self_key", 0), ("self_value", 0)]:
+            spoilt = getattr(batch, name).clone()
+            spoilt[other[where]] = NAN
+            batch = batch.with_(**{name: spoilt})
+        for x, y in zip(attend(batch), clean, strict=True):
+            assert torch.equal(x[: other[0].start], y[: other[0].start])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("by", ["kv_lengths", "key_bias", "visible"])
+    def test_of_a_hidden_event(self, device, by, dtype):
+        batch = make_jagged([20, 9], [150, 40], dtype=dtype).to(device)
+        key, value = batch.key.clone(), batch.value.clone()
+        hidden = torch.zeros(190, dtype=torch.bool, device=device)
+        hidden[100:150] = hidden[189] = True
+        if by == "kv_lengths":
+            batch = batch.with_(kv_lengths=torch.tensor([100, 39], device=device))
+        elif by == "visible":
+            seen = torch.tensor([100] * 20 + [39] * 9, device=device)
+            seen[3::4] -= 30
+            batch = batch.with_(visible=seen)
+        else:
+            hidden[7:9] = True
+            bias = torch.zeros(190, 4, device=device).masked_fill(hidden.unsqueeze(-1), -INF)
+            batch = batch.with_(key_bias=bias)
+        clean = attend(batch)
+        key[hidden], value[hidden] = NAN, INF
+        for x, y in zip(attend(batch.with_(key=key, value=value)), clean, strict=True):
+            assert torch.equal(x, y)
+
+    def test_of_an_event_that_other_rows_see(self, device):
+        batch = make_jagged([24], [40], dim=16)
+        visible = torch.tensor([10, 40, 20] * 8)
+        key, value = batch.key.clone(), batch.value.clone()
+        key[25], value[30] = NAN, NAN
+        batch = batch.with_(visible=visible).to(device)
+        clean = attend(batch)
+        out, lse = attend(batch.with_(key=key.to(device), value=value.to(device)))
+        blind = (visible <= 25).to(device)
+        assert torch.equal(out[blind], clean[0][blind])
+        assert torch.equal(lse[blind], clean[1][blind])
+        assert out[~blind].isnan().all()
+
+    @pytest.mark.parametrize("name", ["query", "self_key", "self_value"])
+    def test_of_another_candidate(self, device, name):
+        batch = mixed(options=["self"]).to(device)
+        clean = attend(batch)
+        spoilt = getattr(batch, name).clone()
+        spoilt[::3] = NAN
+        out, lse = attend(batch.with_(**{name: spoilt}))
+        kept = torch.arange(out.shape[0], device=device) % 3 != 0
+        assert torch.equal(out[kept], clean[0][kept])
+        assert torch.equal(lse[kept], clean[1][kept])
+        assert out[~kept].isnan().all()
+
+
+class TestBatchInvariance:
+    """The same user and candidate: bitwise the same result, whatever is around it."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+    def test_users(self, device, dtype, options):
+        batch = mixed(dtype=dtype, options=options).to(device)
+        out, lse = attend(batch)
+        parts = [of_user(batch, user) for user in range(5)]
+        for part, rows, _ in parts:
+            alone = attend(part)
+            assert torch.equal(alone[0], out[rows])
+            assert torch.equal(alone[1], lse[rows])
+        order = shuffled(5)
+        again = attend(together([parts[user][0] for user in order]))
+        assert torch.equal(again[0], torch.cat([out[parts[user][1]] for user in order]))
+        assert torch.equal(again[1], torch.cat([lse[parts[user][1]] for user in order]))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+    def test_candidates(self, device, dtype, options):
+        batch = make_jagged([90], [300], kv_heads=2, dim=20, dtype=dtype, options=options, seed=3).to(device)
+        out, lse = attend(batch)
+        order = torch.randperm(90, device=device)
+        for chosen in (order[:1], order[1:2], order[:7], order[:33], order):
+            some = attend(of_rows(batch, chosen))
+            assert torch.equal(some[0], out[chosen])
+            assert torch.equal(some[1], lse[chosen])
+
+    def test_threads_and_runs(self, device, threads):
+        batch = make_jagged([700, 3, 90], [400, 1200, 33], kv_heads=2, options=OPTIONS).to(device)
+        first = attend(batch)
+        for n in (1, 2, 2, 5):
+            threads(n)
+            for x, y in zip(attend(batch), first, strict=True):
+                assert torch.equal(x, y)
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_strides(self, device, dtype):
+        batch = mixed(dtype=dtype, options=OPTIONS).to(device)
+        want = attend(batch)
+        for what, other in layouts(batch):
+            for x, y in zip(attend(other), want, strict=True):
+                assert torch.equal(x, y), what
+
+    def test_expanded(self, device):
+        batch = make_jagged([9, 30], [140, 60], kv_heads=1).to(device)
+        event, row = batch.key[:1].expand_as(batch.key), batch.query[:1].expand_as(batch.query)
+        bias = torch.randn(200, 1, device=device).expand(200, 4)
+        expanded = batch.with_(key=event, value=event, query=row, key_bias=bias)
+        copied = {
+            name: getattr(expanded, name).contiguous() for name in ("query", "key", "value", "key_bias")
+        }
+        for x, y in zip(attend(expanded), attend(batch.with_(**copied)), strict=True):
+            assert torch.equal(x, y)
+
+    def test_integer_dtypes(self, device):
+        batch = mixed(options=OPTIONS)
+        want = attend(batch.to(device))
+        integers = {
+            name: x.int() for name, x in vars(batch).items() if x is not None and x.dtype == torch.int64
+        }
+        assert len(integers) == 4
+        for x, y in zip(attend(batch.with_(**integers).to(device)), want, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_memory_is_not_that_of_all_scores(peak_memory):
+    batch = make_jagged([3000], [10000], heads=1, dim=16)  # 120 MB of scores
+    attend(batch)
+    with peak_memory() as grown:
+        attend(batch)
+    assert grown() < 12e6

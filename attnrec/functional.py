@@ -126,8 +126,7 @@ def target_attention_weights(
 
         With `top`: `(weights, events)`, each `[T_c, H, top]` (dense `[B, H, C, top]`, nested in the query's
         form): heaviest first, ties by the earlier event, `events` int64 and numbered within the user's
-        history. Where a
-        candidate sees fewer: weight 0, event -1.
+        history. Where a candidate sees fewer: weight 0, event -1.
     """
     options = {"kv_lengths": kv_lengths, "visible": visible, "self_key": self_key, "key_bias": key_bias}
     native = None

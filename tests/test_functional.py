@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import attnrec
 from attnrec import layout
+from attnrec.ops.backends import CPU
 
 USERS, HEADS, KV_HEADS, CANDIDATES, EVENTS, DIM = 3, 4, 2, 5, 7, 8
 
@@ -158,6 +159,29 @@ class TestDense:
         got = attnrec.softmax_score(users, items, temperature=0.5, bias=bias)
         want = (torch.einsum("bd,bcd->bc", users, items) / 0.5 + bias).softmax(-1)
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif("target_attention" not in CPU.kernels, reason="the reference's bits are torch.matmul's")
+class TestBatchInvariance:
+    """The form that a call takes inside depends on the batch (heads in place or folded, a mask with holes or
+    without); the bits of a user's result must not."""
+
+    @FORMS
+    @GROUPS
+    @pytest.mark.parametrize("mask", [None, "lengths", "a hole beside"])
+    def test_a_user_alone(self, heads_first, kv_heads, mask):
+        query, key, value = dense(heads_first, kv_heads)
+        if mask is not None:
+            mask, holed = torch.zeros(USERS, EVENTS, dtype=torch.bool), mask == "a hole beside"
+            mask[0, 5:], mask[2, 2:] = True, True
+            mask[1, 3] = holed
+        out = attnrec.target_attention(query, key, value, key_padding_mask=mask)
+        for user in (0, 2):
+            one = slice(user, user + 1)
+            alone = attnrec.target_attention(
+                query[one], key[one], value[one], key_padding_mask=None if mask is None else mask[one]
+            )
+            assert torch.equal(alone, out[one])
 
 
 class TestPaddingMask:

@@ -36,9 +36,9 @@ def integers(*shape, dtype=torch.float32, seed=0, largest=3):
 def exclusions(batch, items, most, seed=0, dtype=torch.int64):
     """Up to `most` ids a user, in any order, with repeats; every third user has none."""
     generator = torch.Generator().manual_seed(seed)
-    counts = [
-        0 if b % 3 == 2 else int(torch.randint(0, most + 1, (), generator=generator)) for b in range(batch)
-    ]
+    most = most if items else 0
+    drawn = torch.randint(0, most + 1, (batch,), generator=generator).tolist()
+    counts = [0 if b % 3 == 2 else count for b, count in enumerate(drawn)]
     ids = torch.randint(0, max(items, 1), (sum(counts),), generator=generator)
     return ids.to(dtype), make_offsets(counts, dtype)
 

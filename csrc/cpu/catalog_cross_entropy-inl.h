@@ -178,12 +178,11 @@ struct CrossEntropyGradientReadout {
     const int64_t row = unit.first + t.first_row + r;
     const double grad = gradient.grad[row] * a.scale;
     const typename V::Reg lse = V::set1(static_cast<Real>(gradient.lse[row]));
-    const typename V::Reg factor = V::set1(static_cast<Real>(grad)),
-                          log2e = V::set1(static_cast<Real>(kLog2E));
+    const typename V::Reg factor = V::set1(static_cast<Real>(grad));
     const typename V::Reg even =
         V::set1(static_cast<Real>(-grad * gradient.smoothing / static_cast<double>(gradient.classes)));
     for (int i = 0; i < t.seen[r]; i += W) {
-      const typename V::Reg p = V::exp2(V::mul(V::sub(V::load(z + i), lse), log2e));
+      const typename V::Reg p = exp_of<V>(V::sub(V::load(z + i), lse));
       V::store(d + i, V::fma(p, factor, even));
     }
     const int64_t target = target_in_tile<V>(rows, unit, t, r);

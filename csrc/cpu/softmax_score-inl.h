@@ -95,7 +95,7 @@ void softmax_score_normalize(const void* logits, int64_t n, double maximum, doub
     const Real* z = static_cast<const Real*>(logits) + begin;
     for (int i = 0; i < count; i += V::kWidth) {
       const typename V::Reg x = V::sub(load_part<V>(z + i, count - i), base);
-      V::store(part + i, V::exp2(V::mul(x, V::set1(static_cast<Real>(kLog2E)))) / total);
+      V::store(part + i, exp_of<V>(x) / total);
     }
     store_row<V>(part, count, element, static_cast<char*>(probabilities) + begin * element_bytes(element));
   }

@@ -119,7 +119,7 @@ def test_tensorboard_logs(folder, tmp_path):
 
 
 def test_demo_writes_what_it_promises(folder, tmp_path):
-    demo.main(["--data", str(folder), "--out", str(tmp_path), "--epochs", "1"])
+    assert demo.main(["--data", str(folder), "--out", str(tmp_path), "--epochs", "1"]) == 0
     data = load_data(folder)
 
     found = json.loads((tmp_path / "metrics.json").read_text())
@@ -156,6 +156,12 @@ def test_demo_writes_what_it_promises(folder, tmp_path):
     assert [(row["user"], row["item"], row["label"]) for row in clicks] == want
 
     assert (tmp_path / "heatmap.png").read_bytes().startswith(PNG)
+    before = {
+        path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.suffix in (".safetensors", ".csv")
+    }
+    assert demo.main(["--data", str(folder), "--out", str(tmp_path), "--epochs", "1"]) == 0  # trains no more
+    assert before == {path: path.read_bytes() for path in before}
+    assert json.loads((tmp_path / "metrics.json").read_text())["seconds"] > 0.5 * found["seconds"]
     page = (tmp_path / "report.html").read_text()
     assert page.count("<section>") == 3
     assert "gauc" in page

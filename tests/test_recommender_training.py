@@ -65,6 +65,12 @@ def test_a_killed_run_goes_on_to_the_same_weights(head, data, tmp_path):
         assert_same(weights(tmp_path / "parts", name), weights(tmp_path / "whole", name))
 
 
+def test_more_patience_is_no_other_configuration(data, tmp_path):
+    short, long = replace(CONFIG, epochs=4, patience=0), replace(CONFIG, epochs=4)
+    assert len(train.fit(make("ranking", data), short, tmp_path)) == 1
+    assert len(train.fit(make("ranking", data), long, tmp_path, resume=True)) == 4
+
+
 def test_another_configuration_cannot_go_on(data, tmp_path):
     train.fit(make("ranking", data), replace(CONFIG, epochs=1), tmp_path)
     with pytest.raises(CheckpointError, match="made with train"):

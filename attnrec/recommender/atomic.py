@@ -45,8 +45,8 @@ def read_atomic(path: str | Path) -> dict[str, Column]:
     Raises:
         FileNotFoundError: there is no such file.
         AtomicFileError: a header without known types or with a repeated name, a row with another number of
-            fields than the header, an empty line before the last row, a number that is none, or text that is not
-            UTF-8.
+            fields than the header, an empty line before the last row, a number that is none, or text that is
+            not UTF-8.
     """
     path = Path(path)
     with path.open("rb") as file:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 KEY = "attnrec"
 Tensors = dict[str, Tensor]
@@ -62,6 +62,14 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
     if KEY not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a checkpoint of attnrec.recommender")
     return tensors, json.loads(metadata[KEY])
+
+
+def load_weights(path: Path, module: nn.Module, tensors: Tensors) -> None:
+    """Puts the tensors of a checkpoint into a module; CheckpointError where they do not fit."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:

@@ -25,7 +25,7 @@ class MissingExtraError(ImportError):
 HEADS = ("retrieval", "ranking")
 # chosen by the validation events: docs/recommender.md has the runs
 SETTINGS: dict[str, TrainConfig] = {
-    "retrieval": TrainConfig(epochs=30, batch_users=8, learning_rate=1e-3),
+    "retrieval": TrainConfig(epochs=30, patience=10, batch_users=8, learning_rate=1e-3),
     "ranking": TrainConfig(
         epochs=15, batch_users=4, learning_rate=2e-3, weight_decay=1e-4, embedding_decay=1e-4
     ),
@@ -47,8 +47,8 @@ def train_head(
     resume: bool = False,
     tensorboard: bool = False,
     **changes: Any,
-) -> RetrievalTask | RankingTask:
-    """Trains a head into `folder/<head>` and returns it with the best weights.
+) -> tuple[RetrievalTask | RankingTask, list[dict[str, float]]]:
+    """Trains a head into `folder/<head>` and returns it with the best weights, and the rows of its epochs.
 
     Args:
         resume, changes: see `train.fit`; settings of `TrainConfig` other than the head's own.
@@ -69,14 +69,14 @@ def train_head(
         def on_epoch(row: dict[str, float]) -> None:
             epoch = int(row["epoch"]) + 1
             shown = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name != "epoch")
-            console.print(f"{head} epoch {epoch:2}  {shown}", highlight=False)
+            console.print(f"{head} epoch {epoch:2}  {shown}", highlight=False, soft_wrap=True)
             progress.update(bar, description=f"{head} epoch {epoch + 1}", completed=0)
             if log is not None:
                 for name, value in row.items():
                     log.add_scalar(f"{head}/{name}", value, epoch)
 
-        fit(task, config, folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
-    return task
+        rows = fit(task, config, folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
+    return task, rows
 
 
 def _progress(console: Console) -> Progress:

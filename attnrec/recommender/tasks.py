@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnrec import catalog_topk
 
 from . import metrics
-from .checkpoint import CheckpointError, load_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, load_weights
 from .data import TEST, TRAIN, VALID, Ids, Interactions, ranking_split, retrieval_split
 from .features import Categories, Feature, Statistics, encode
 from .model import Candidates, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
@@ -346,5 +346,5 @@ def restore(task: RetrievalTask | RankingTask, folder: Path) -> None:
             raise CheckpointError(
                 f"{path}: made with {key} = {saved['description'].get(key)}, this is {value}"
             )
-    task.model.load_state_dict(tensors)
+    load_weights(path, task.model, tensors)
     task.model.eval()

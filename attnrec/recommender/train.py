@@ -80,7 +80,9 @@ def fit(
     random = torch.Generator().manual_seed(config.seed)
     averaged = copy.deepcopy(task.model)
     optimizer = _optimizer(task.model, config)
-    description = {**task.description, "train": asdict(config)}
+    # a run that stopped may go on with more patience: that changes no weights
+    settings = {name: value for name, value in asdict(config).items() if name != "patience"}
+    description = {**task.description, "train": settings}
     rows: list[dict[str, float]] = []
     step = 0
     last = folder / "last.safetensors"
@@ -88,8 +90,8 @@ def fit(
         tensors, saved = checkpoint.load_checkpoint(last)
         _require_same(last, saved["description"], description)
         rows, step = saved["rows"], saved["step"]
-        task.model.load_state_dict(part("model", tensors))
-        averaged.load_state_dict(part("averaged", tensors))
+        checkpoint.load_weights(last, task.model, part("model", tensors))
+        checkpoint.load_weights(last, averaged, part("averaged", tensors))
         checkpoint.restore_optimizer(optimizer, part("optimizer", tensors))
         torch.set_rng_state(tensors["random.dropout"])
         random.set_state(tensors["random.order"])
@@ -115,8 +117,8 @@ def fit(
         seconds = time.perf_counter() - started
         rows.append({"epoch": len(rows), "loss": total / len(batches), **metrics, "seconds": seconds})
         if _best(rows, task.metric) == len(rows) - 1:
-            best = {"description": description, "row": rows[-1]}
-            checkpoint.save_checkpoint(folder / "best.safetensors", averaged.state_dict(), best)
+            kept = {"description": description, "row": rows[-1]}
+            checkpoint.save_checkpoint(folder / "best.safetensors", averaged.state_dict(), kept)
         tensors = {
             **prefixed("model", task.model.state_dict()),
             **prefixed("averaged", averaged.state_dict()),
@@ -127,8 +129,9 @@ def fit(
         checkpoint.save_checkpoint(last, tensors, {"description": description, "rows": rows, "step": step})
         on_epoch(rows[-1])
 
-    tensors, _ = checkpoint.load_checkpoint(folder / "best.safetensors")
-    task.model.load_state_dict(tensors)
+    best = folder / "best.safetensors"
+    tensors, _ = checkpoint.load_checkpoint(best)
+    checkpoint.load_weights(best, task.model, tensors)
     task.model.eval()
     return rows
 
@@ -183,5 +186,5 @@ def _require_same(path: Path, saved: Any, wanted: Any) -> None:
         if saved.get(key) != wanted.get(key):
             raise CheckpointError(
                 f"{path}: made with {key} = {saved.get(key)}, this run has {wanted.get(key)}; "
-                "train into another folder, or without --resume"
+                "train afresh, or into another folder"
             )

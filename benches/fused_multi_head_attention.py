@@ -65,7 +65,11 @@ def count(candidates: int, lengths: Sequence[int], *, dim: int, heads: int, size
 
 
 class ModuleProblem:
-    """The output, and in training the gradients of query, history and the output projection's weight."""
+    """The output; in training also the gradients of query, history and all parameters.
+
+    Of the parameters' gradients that of the output projection's weight is compared: the one that every module
+    has in the same form.
+    """
 
     def __init__(
         self,
@@ -98,7 +102,7 @@ class ModuleProblem:
         dim, size = self.query.shape[-1], self.query.element_size()
         return count(self.candidates, self.lengths, dim=dim, heads=self.heads, size=size, train=self.train)
 
-    def contender(self, attend: Module, out_weight: Tensor, note: str = "") -> Contender:
+    def contender(self, module: nn.Module, attend: Module) -> Contender:
         query, history, padding = self.query, self.history, self.padding
         if not self.train:
 
@@ -106,21 +110,22 @@ class ModuleProblem:
                 with torch.inference_mode():
                     return attend(query, history, padding)
 
-            return Contender(forward, note=note)
-        leaves = [query.detach().requires_grad_(), history.detach().requires_grad_(), out_weight]
+            return Contender(forward)
+        leaves = [query.detach().requires_grad_(), history.detach().requires_grad_(), *module.parameters()]
+        out_weight = next(i for i, x in enumerate(leaves) if x is _out_weight(module))
 
         def forward_and_backward() -> tuple[Tensor, ...]:
             out = attend(leaves[0], leaves[1], padding)
             return (out.detach(), *torch.autograd.grad(out, leaves, self.grad_out))
 
-        return Contender(forward_and_backward, note=note)
+        return Contender(forward_and_backward, lambda raw: [*raw[:3], raw[1 + out_weight]])
 
     def ours(self) -> Contender:
         dim = self.query.shape[-1]
         fused = FusedMultiHeadAttention(dim, self.heads, batch_first=True).to(self.query)
         fused.load_state_dict(self.module.state_dict())
         fused.train(self.train)
-        return self.contender(_torch_style(fused), fused.out_proj.weight)
+        return self.contender(fused, _torch_style(fused))
 
     def backend(self) -> str:
         return "module"
@@ -150,6 +155,10 @@ class ModuleProblem:
 # --- peers --------------------------------------------------------------------------------------------------
 
 
+def _out_weight(module: nn.Module) -> Tensor:
+    return module.out.weight if isinstance(module, MultiHeadAttention) else module.out_proj.weight
+
+
 def _torch_style(module: nn.Module, need_weights: bool = False) -> Module:
     def attend(query: Tensor, history: Tensor, padding: Tensor | None) -> Tensor:
         return module(query, history, history, key_padding_mask=padding, need_weights=need_weights)[0]
@@ -159,13 +168,13 @@ def _torch_style(module: nn.Module, need_weights: bool = False) -> Module:
 
 def torch_module(problem: ModuleProblem, *, need_weights: bool = False) -> Contender:
     module = deepcopy(problem.module)
-    return problem.contender(_torch_style(module, need_weights), module.out_proj.weight)
+    return problem.contender(module, _torch_style(module, need_weights))
 
 
 def torch_compiled(problem: ModuleProblem) -> Contender:
     torch._dynamo.reset()
     module = deepcopy(problem.module)
-    return problem.contender(torch.compile(_torch_style(module), dynamic=False), module.out_proj.weight)
+    return problem.contender(module, torch.compile(_torch_style(module), dynamic=False))
 
 
 def hand_written(problem: ModuleProblem) -> Contender:
@@ -178,7 +187,7 @@ def hand_written(problem: ModuleProblem) -> Contender:
             linear.weight.copy_(weight)
             linear.bias.copy_(bias)
     module.out.load_state_dict(source.out_proj.state_dict())
-    return problem.contender(lambda q, h, padding: module(q, h, h, padding)[0], module.out.weight)
+    return problem.contender(module, lambda q, h, padding: module(q, h, h, padding)[0])
 
 
 # --- cases --------------------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def _head(results: dict[str, Any]) -> str:
         f"{html.escape(results['command'])} · {results['started']} · {results['seconds']:.0f} s</p>"
         "<p>Every result was first held against the reference; what was wrong has no speed. Contenders "
         "took turns in one process. <b>Ratio</b> is a peer's time over attnrec's (above 1: attnrec is "
-        "faster), taken round by round. <b>Share</b> is the machine's floor for the counted work over the time. "
-        "<b>Memory</b>: "
+        "faster), taken round by round. <b>Share</b> is the machine's floor for the counted work over the "
+        "time. <b>Memory</b>: "
         f"{html.escape(results['memory'])}.</p>"
         f"<p class='machine'>Floors measured at the start: {'; '.join(limits)}.</p>"
     )

@@ -166,6 +166,11 @@ class TestBatchInvariance:
     """The form that a call takes inside depends on the batch (heads in place or folded, a mask with holes or
     without); the bits of a user's result must not."""
 
+    @pytest.fixture(autouse=True)
+    def kernels(self):
+        with attnrec.use_backend("cpu"):
+            yield
+
     @FORMS
     @GROUPS
     @pytest.mark.parametrize("mask", [None, "lengths", "a hole beside"])

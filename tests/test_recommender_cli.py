@@ -162,6 +162,8 @@ def test_demo_writes_what_it_promises(folder, tmp_path):
     assert demo.main(["--data", str(folder), "--out", str(tmp_path), "--epochs", "1"]) == 0  # trains no more
     assert before == {path: path.read_bytes() for path in before}
     assert json.loads((tmp_path / "metrics.json").read_text())["seconds"] > 0.5 * found["seconds"]
+    assert demo.main(["--data", str(folder), "--out", str(tmp_path), "--epochs", "1", "--seed", "1"]) == 0
+    assert all(path.read_bytes() != content for path, content in before.items())  # other settings: afresh
     page = (tmp_path / "report.html").read_text()
     assert page.count("<section>") == 3
     assert "gauc" in page

@@ -30,7 +30,7 @@ class Fields:
     rating: str = "rating"
     time: str = "timestamp"
     title: str = "movie_title"
-    item_features: tuple[str, ...] = ("release_year", "class")
+    item_features: tuple[str, ...] = ("release_year", "class", "movie_title")
     user_features: tuple[str, ...] = ("age", "gender", "occupation")
 
 

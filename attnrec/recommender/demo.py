@@ -16,12 +16,12 @@ import numpy as np
 from rich.console import Console
 
 from . import report, runs
-from .checkpoint import write_file
+from .checkpoint import CheckpointError, write_file
 from .cli import MENDABLE
 from .data import Interactions, load
 from .movielens import movielens_100k
 from .serve import Recommender
-from .tasks import RankingTask, RetrievalTask, encode_data, popularity
+from .tasks import Encoded, RankingTask, RetrievalTask, encode_data, popularity
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,8 +55,8 @@ def run(folder: Path, out: Path, console: Console, **training: Any) -> None:
         f"{len(data.user):,} events of {len(data.user_names):,} users, {len(data.item_names):,} items"
     )
     seconds = time.perf_counter() - started
-    retrieval, retrieval_rows = runs.train_head("retrieval", encoded, out, console, **training)
-    ranking, ranking_rows = runs.train_head("ranking", encoded, out, console, **training)
+    retrieval, retrieval_rows = _train("retrieval", encoded, out, console, **training)
+    ranking, ranking_rows = _train("ranking", encoded, out, console, **training)
     assert isinstance(retrieval, RetrievalTask)
     assert isinstance(ranking, RankingTask)
     # epochs of an earlier run count with the time they took then
@@ -90,6 +90,15 @@ def run(folder: Path, out: Path, console: Console, **training: Any) -> None:
     write_file(out / "report.html", report.page(metrics, recommender, shown).encode())
     console.print(runs.metrics_table(metrics))
     console.print(f"{metrics['seconds']} s; see {out / 'report.html'}")
+
+
+def _train(head: str, encoded: Encoded, out: Path, console: Console, **training: Any) -> Any:
+    """`runs.train_head`, from the start where what is in the folder is of other settings or data."""
+    try:
+        return runs.train_head(head, encoded, out, console, **training)
+    except CheckpointError as error:
+        console.print(f"training {head} afresh: {error}", markup=False, highlight=False)
+        return runs.train_head(head, encoded, out, console, **{**training, "resume": False})
 
 
 def _lists(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .data import UnknownNameError
 from .model import RankingConfig, RetrievalConfig
 from .tasks import Encoded, RankingTask, RetrievalTask, restore
 
@@ -62,7 +63,13 @@ class Recommender:
         return [Recommendation(*row) for row in rows]
 
     def explain(self, user: int, item: int) -> Explanation:
-        """The attention behind the item's click probability, after all of the user's events."""
+        """The attention behind the item's click probability, after all of the user's events.
+
+        Raises:
+            UnknownNameError: the user has no events.
+        """
+        if self.encoded.data.lengths[user] == 0:
+            raise UnknownNameError(f"user {self.encoded.data.user_names[user]} has no events to explain with")
         clicks, weights = self.ranking.judge(user, np.array([item]))
         span = self.encoded.data.history(user)
         return Explanation(user, item, clicks.item(), np.arange(span.start, span.stop), weights[0].numpy())

@@ -57,7 +57,7 @@ class Encoded:
         return self.items[rows], offsets
 
     def genres(self) -> Categories | None:
-        """The item feature with several categories an item, for diversity; None without one."""
+        """The first feature with several categories an item, for diversity; None without one."""
         bags = [f for f in self.item_features if isinstance(f, Categories) and (f.offsets.diff() > 1).any()]
         return bags[0] if bags else None
 
@@ -283,7 +283,7 @@ class RankingTask:
         )
         clicks = self.model(candidates, history)[:, self._click].sigmoid()
         weights, _ = self.model.weights(candidates, history)
-        return clicks, weights.view(len(items), len(history.items), -1)
+        return clicks, weights.view(len(items), len(history.items), self.config.heads)
 
     @torch.inference_mode()
     def probabilities(self, model: Ranking, part: int) -> tuple[Tensor, Tensor]:

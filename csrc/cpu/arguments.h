@@ -18,7 +18,8 @@ struct Vectors {
 };
 
 // The streaming softmax's problem: user b's rows `q_offsets[b] … q_offsets[b+1]` against its events
-// `kv_offsets[b] … + kv_lengths[b]`. The catalogue ops are the case of one user, one head, key = the item table.
+// `kv_offsets[b] … + kv_lengths[b]`. The catalogue ops are the case of one user, one head, key = the item
+// table.
 struct Attention {
   Element element = Element::kFloat32;  // of every Vectors here
   int head_dim = 0, heads = 0, kv_heads = 0;
@@ -38,9 +39,9 @@ struct Attention {
   int64_t events(int64_t user) const { return kv_lengths ? kv_lengths[user] : room(user); }
 };
 
-// A piece of work that one thread does alone: `rows` rows of one user against the events of one key/value head.
-// A row is a (candidate, head) pair: row r is candidate `first + r / group`, head `head + r % group`. What a row gives
-// does not depend on the unit that it is in.
+// A piece of work that one thread does alone: `rows` rows of one user against the events of one key/value
+// head. A row is a (candidate, head) pair: row r is candidate `first + r / group`, head `head + r % group`.
+// What a row gives does not depend on the unit that it is in.
 struct Unit {
   int64_t user = 0;
   int64_t first = 0;  // candidate, counted over the batch

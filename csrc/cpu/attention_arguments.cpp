@@ -5,18 +5,20 @@
 
 namespace attnrec::cpu {
 
-AttentionArguments::AttentionArguments(const char* op, const Tensor& query, const Tensor& key, const Tensor* value,
-                                       const Tensor& q_offsets_, const Tensor& kv_offsets_,
-                                       std::optional<double> scale, const OptionalTensor& kv_lengths_,
-                                       const OptionalTensor& visible_, const OptionalTensor& self_key,
-                                       const OptionalTensor* self_value, const OptionalTensor& key_bias) {
+AttentionArguments::AttentionArguments(const char* op, const Tensor& query, const Tensor& key,
+                                       const Tensor* value, const Tensor& q_offsets_,
+                                       const Tensor& kv_offsets_, std::optional<double> scale,
+                                       const OptionalTensor& kv_lengths_, const OptionalTensor& visible_,
+                                       const OptionalTensor& self_key, const OptionalTensor* self_value,
+                                       const OptionalTensor& key_bias) {
   Attention& a = attention;
   a.element = element_of(op, "query", query);
   const ScalarType dtype = query.scalar_type();
   check_tensor(op, "query", query, 3, dtype);
   check_tensor(op, "key", key, 3, dtype);
   const int64_t rows = query.size(0), events = key.size(0), D = query.size(2);
-  ATTNREC_CHECK(D >= 1 && D <= 256, op, "query must have a head dim of 1 to 256, got shape ", shape_of(query));
+  ATTNREC_CHECK(D >= 1 && D <= 256, op, "query must have a head dim of 1 to 256, got shape ",
+                shape_of(query));
   ATTNREC_CHECK(key.size(2) == D, op, "key must have query's head dim ", D, ", got shape ", shape_of(key));
   ATTNREC_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, op, "query's heads (", query.size(1),
                 ") must be a multiple of key's (", key.size(1), ")");
@@ -36,8 +38,9 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
 
   q_offsets = offsets_of(op, "q_offsets", q_offsets_, rows, "query");
   kv_offsets = offsets_of(op, "kv_offsets", kv_offsets_, events, "key");
-  ATTNREC_CHECK(q_offsets.size() == kv_offsets.size(), op, "kv_offsets must have as many elements as q_offsets (",
-                q_offsets.size(), "), got ", kv_offsets.size());
+  ATTNREC_CHECK(q_offsets.size() == kv_offsets.size(), op,
+                "kv_offsets must have as many elements as q_offsets (", q_offsets.size(), "), got ",
+                kv_offsets.size());
   a.users = static_cast<int64_t>(q_offsets.size()) - 1;
   a.q_offsets = q_offsets.data();
   a.kv_offsets = kv_offsets.data();
@@ -45,8 +48,9 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
     kv_lengths = integers(op, "kv_lengths", *kv_lengths_, a.users);
     for (int64_t b = 0; b < a.users; b++) {
       const int64_t room = kv_offsets[b + 1] - kv_offsets[b];
-      ATTNREC_CHECK(kv_lengths[b] >= 0 && kv_lengths[b] <= room, op, "kv_lengths must be from 0 to the user's room ",
-                    room, ", got ", kv_lengths[b], " at user ", b);
+      ATTNREC_CHECK(kv_lengths[b] >= 0 && kv_lengths[b] <= room, op,
+                    "kv_lengths must be from 0 to the user's room ", room, ", got ", kv_lengths[b],
+                    " at user ", b);
     }
     a.kv_lengths = kv_lengths.data();
   }
@@ -55,8 +59,8 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
     for (int64_t b = 0; b < a.users; b++) {
       const int64_t room = kv_offsets[b + 1] - kv_offsets[b];
       for (int64_t c = q_offsets[b]; c < q_offsets[b + 1]; c++) {
-        ATTNREC_CHECK(visible[c] >= 0 && visible[c] <= room, op, "visible must be from 0 to the user's room ", room,
-                      ", got ", visible[c], " at row ", c);
+        ATTNREC_CHECK(visible[c] >= 0 && visible[c] <= room, op, "visible must be from 0 to the user's room ",
+                      room, ", got ", visible[c], " at row ", c);
       }
     }
     a.visible = visible.data();
@@ -106,7 +110,8 @@ std::vector<Unit> plan_units(const Attention& a) {
 
   double total = 0;
   for (int64_t b = 0; b < a.users; b++) {
-    total += static_cast<double>(a.q_offsets[b + 1] - a.q_offsets[b]) * static_cast<double>(a.events(b)) * a.heads;
+    total +=
+        static_cast<double>(a.q_offsets[b + 1] - a.q_offsets[b]) * static_cast<double>(a.events(b)) * a.heads;
   }
   const double fair = threads > 1 ? total / static_cast<double>(threads * 4) : total;
 

@@ -14,14 +14,16 @@ struct AttentionArguments {
   // `value`, `self_value` may be absent (the weights ops have none).
   AttentionArguments(const char* op, const Tensor& query, const Tensor& key, const Tensor* value,
                      const Tensor& q_offsets, const Tensor& kv_offsets, std::optional<double> scale,
-                     const OptionalTensor& kv_lengths, const OptionalTensor& visible, const OptionalTensor& self_key,
-                     const OptionalTensor* self_value, const OptionalTensor& key_bias);
+                     const OptionalTensor& kv_lengths, const OptionalTensor& visible,
+                     const OptionalTensor& self_key, const OptionalTensor* self_value,
+                     const OptionalTensor& key_bias);
   AttentionArguments(const AttentionArguments&) = delete;
 
   int64_t candidates() const { return q_offsets.back(); }
 };
 
-// Cuts a call into units, dearest first. Units of a user split its rows only, and only as far as the threads need.
+// Cuts a call into units, dearest first. Units of a user split its rows only, and only as far as the threads
+// need.
 std::vector<Unit> plan_units(const Attention& attention);
 
 // Sorts units by their cost, for an even end: the last ones to be taken are cheap.

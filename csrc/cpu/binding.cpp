@@ -37,14 +37,16 @@ Element element_of(const char* op, const char* name, const Tensor& tensor) {
 
 void check_tensor(const char* op, const char* name, const Tensor& tensor, int64_t rank, ScalarType dtype) {
   ATTNREC_CHECK(tensor.is_cpu(), op, name, " must be on the CPU, as the other arguments are");
-  ATTNREC_CHECK(tensor.dim() == rank, op, name, " must have ", rank, " dimensions, got shape ", shape_of(tensor));
+  ATTNREC_CHECK(tensor.dim() == rank, op, name, " must have ", rank, " dimensions, got shape ",
+                shape_of(tensor));
   ATTNREC_CHECK(tensor.scalar_type() == dtype, op, name, " must have dtype ", name_of(dtype), ", got ",
                 name_of(tensor.scalar_type()));
 }
 
 Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept) {
   const int64_t last = tensor.dim() - 1;
-  kept.push_back(tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor : torch::stable::contiguous(tensor));
+  kept.push_back(tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor
+                                                                    : torch::stable::contiguous(tensor));
   const Tensor& read = kept.back();
   return {read.const_data_ptr(), read.stride(0), last == 2 ? read.stride(1) : 0};
 }
@@ -74,11 +76,11 @@ std::vector<int64_t> offsets_of(const char* op, const char* name, const Tensor& 
   ATTNREC_CHECK(!offsets.empty(), op, name, " must have users + 1 elements, got none");
   ATTNREC_CHECK(offsets.front() == 0, op, name, " must start at 0, got ", offsets.front());
   for (size_t i = 1; i < offsets.size(); i++) {
-    ATTNREC_CHECK(offsets[i] >= offsets[i - 1], op, name, " must not fall, got ", offsets[i - 1], " then ", offsets[i],
-                  " at user ", i - 1);
+    ATTNREC_CHECK(offsets[i] >= offsets[i - 1], op, name, " must not fall, got ", offsets[i - 1], " then ",
+                  offsets[i], " at user ", i - 1);
   }
-  ATTNREC_CHECK(offsets.back() == total, op, name, " must end at ", total, ", the rows of ", rows_name, ", got ",
-                offsets.back());
+  ATTNREC_CHECK(offsets.back() == total, op, name, " must end at ", total, ", the rows of ", rows_name,
+                ", got ", offsets.back());
   return offsets;
 }
 

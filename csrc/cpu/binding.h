@@ -33,8 +33,8 @@ Element element_of(const char* op, const char* name, const Tensor& tensor);
 // Checks device, dtype and rank. `like` is the tensor whose dtype it must have.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, int64_t rank, ScalarType dtype);
 
-// `[rows, heads, D]` or `[rows, D]` (one head) in place where the last dimension is contiguous, else a copy, which
-// `kept` holds alive.
+// `[rows, heads, D]` or `[rows, D]` (one head) in place where the last dimension is contiguous, else a copy,
+// which `kept` holds alive.
 Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept);
 
 // An int32 or int64 vector of `count` numbers (any number where count < 0), any stride.
@@ -44,9 +44,11 @@ std::vector<int64_t> integers(const char* op, const char* name, const Tensor& te
 std::vector<int64_t> offsets_of(const char* op, const char* name, const Tensor& tensor, int64_t total,
                                 const char* rows_name);
 
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = {});
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
+                 std::optional<ScalarType> dtype = {});
 
-// Results that a kernel forgets to write become NaN (or a large negative integer) instead of what memory held.
+// Results that a kernel forgets to write become NaN (or a large negative integer) instead of what memory
+// held.
 void poison_empty(bool on);
 
 // fp32, or float64 beside float64: what sums, log-sum-exps and losses are kept in.
@@ -57,8 +59,8 @@ inline ScalarType working_dtype(Element element) {
 // This thread's scratch memory, at least `bytes`, 64-byte aligned, kept for the next call.
 void* thread_scratch(int64_t bytes);
 
-// Runs function(i) for i in 0 … count, each once, on torch's threads; a thread that is done takes the next. What the
-// threads compute must not depend on who takes what.
+// Runs function(i) for i in 0 … count, each once, on torch's threads; a thread that is done takes the next.
+// What the threads compute must not depend on who takes what.
 template <class Function>
 void for_each_unit(int64_t count, const Function& function) {
   if (count <= 1 || torch::stable::get_num_threads() == 1) {

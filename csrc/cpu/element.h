@@ -26,8 +26,8 @@ struct Half {
   uint16_t bits;
 };
 
-// Everything below has internal linkage: each tier compiles its own copy with its own instruction set, and the
-// linker must never merge them.
+// Everything below has internal linkage: each tier compiles its own copy with its own instruction set, and
+// the linker must never merge them.
 namespace {
 
 inline float float_from_bits(uint32_t bits) {
@@ -46,15 +46,18 @@ inline float to_float(BFloat16 x) { return float_from_bits(uint32_t{x.bits} << 1
 
 inline float to_float(Half x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // inf, NaN
-  // A half's exponent and mantissa, read as a float's, are 2^112 too small; the product is exact, subnormals too.
+  const bool finite = magnitude < 0x7c00u;
+  if (!finite) return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // A half's exponent and mantissa, read as a float's, are 2^112 too small; the product is exact, subnormals
+  // too.
   return float_from_bits(sign | bits_from_float(float_from_bits(magnitude << 13) * 0x1p112f));
 }
 
 inline BFloat16 to_bfloat16(float value) {
   const uint32_t bits = bits_from_float(value);
   if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
-  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};  // round to nearest, ties to even
+  // Round to nearest, ties to even.
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
 inline Half to_half(float value) {

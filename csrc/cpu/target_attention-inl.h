@@ -6,7 +6,8 @@
 namespace attnrec::cpu {
 namespace {
 
-// With more rows than this, values are copied to dense rows first; below, the copy costs more than strided reads.
+// With more rows than this, values are copied to dense rows first; below, the copy costs more than strided
+// reads.
 constexpr int kRowsWorthACopy = 16;
 
 template <class V>
@@ -27,7 +28,8 @@ struct WeightedValue {
     for (int r = 0; r < unit.rows; r++) {
       Real* sum = sums + static_cast<int64_t>(r) * width;
       if (a.self_value.data) {
-        load_row<V>(a.self_value.at(unit.candidate(r), unit.kv_head, a.element), a.element, a.head_dim, 1, sum);
+        load_row<V>(a.self_value.at(unit.candidate(r), unit.kv_head, a.element), a.element, a.head_dim, 1,
+                    sum);
       } else {
         for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::zero());
       }
@@ -36,8 +38,8 @@ struct WeightedValue {
 
   void pack(int64_t first_event, int n, const Real* hide) {
     const void* data = a.value.at(a.kv_offsets[unit.user] + first_event, unit.kv_head, a.element);
-    values = event_rows<V>(data, a.element, a.value.row_stride, n, a.head_dim, hide, unit.rows > kRowsWorthACopy,
-                           copied, &value_stride);
+    values = event_rows<V>(data, a.element, a.value.row_stride, n, a.head_dim, hide,
+                           unit.rows > kRowsWorthACopy, copied, &value_stride);
   }
 
   void tile(const Tile<V>& t) {
@@ -46,7 +48,8 @@ struct WeightedValue {
       const Real rescale = softmax.step(softmax, t.first_row + r, t.seen[r], t.scores + r * kKeys);
       if (rescale == 1) continue;
       Real* sum = sums + static_cast<int64_t>(t.first_row + r) * width;
-      for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::mul(V::load(sum + d), V::set1(rescale)));
+      for (int d = 0; d < width; d += V::kWidth)
+        V::store(sum + d, V::mul(V::load(sum + d), V::set1(rescale)));
     }
     accumulate_seen<V>(t.rows, t.seen, t.scores, values + t.packed_event * value_stride, value_stride, width,
                        sums + static_cast<int64_t>(t.first_row) * width, width);

@@ -6,12 +6,13 @@
 namespace attnrec::cpu {
 namespace {
 
-std::tuple<Tensor, Tensor> target_attention(Tensor query, Tensor key, Tensor value, Tensor q_offsets, Tensor kv_offsets,
-                                            std::optional<double> scale, OptionalTensor kv_lengths,
-                                            OptionalTensor visible, OptionalTensor self_key, OptionalTensor self_value,
+std::tuple<Tensor, Tensor> target_attention(Tensor query, Tensor key, Tensor value, Tensor q_offsets,
+                                            Tensor kv_offsets, std::optional<double> scale,
+                                            OptionalTensor kv_lengths, OptionalTensor visible,
+                                            OptionalTensor self_key, OptionalTensor self_value,
                                             OptionalTensor key_bias) {
-  const AttentionArguments arguments("target_attention", query, key, &value, q_offsets, kv_offsets, scale, kv_lengths,
-                                     visible, self_key, &self_value, key_bias);
+  const AttentionArguments arguments("target_attention", query, key, &value, q_offsets, kv_offsets, scale,
+                                     kv_lengths, visible, self_key, &self_value, key_bias);
   const Attention& a = arguments.attention;
   Tensor out = new_empty(query, {query.size(0), query.size(1), query.size(2)});
   Tensor lse = new_empty(query, {query.size(0), query.size(1)}, working_dtype(a.element));

@@ -13,8 +13,8 @@
 
 namespace attnrec::cpu {
 
-// One tier's kernels: a row an op. A kernel runs one unit in `memory`; called with memory = nullptr it only says how
-// many bytes of it such a unit needs.
+// One tier's kernels: a row an op. A kernel runs one unit in `memory`; called with memory = nullptr it only
+// says how many bytes of it such a unit needs.
 struct Kernels {
   const char* name;
   int (*rows_of_a_block)();
@@ -30,20 +30,23 @@ struct Kernels {
                                       void* weights);
   int64_t (*target_attention_top)(const Attention&, const Unit&, void* memory, int64_t top, void* weights,
                                   int64_t* events);
-  int64_t (*softmax_score)(const Attention&, const Unit&, void* memory, void* logits, double* maximum, double* sum);
-  void (*softmax_score_normalize)(const void* logits, int64_t n, double maximum, double sum, Element, void* out);
+  int64_t (*softmax_score)(const Attention&, const Unit&, void* memory, void* logits, double* maximum,
+                           double* sum);
+  void (*softmax_score_normalize)(const void* logits, int64_t n, double maximum, double sum, Element,
+                                  void* out);
   int64_t (*softmax_score_backward)(const Attention&, const Unit&, void* memory, const SoftmaxScoreGradient&);
   int64_t (*catalog_cross_entropy)(const Attention&, const Unit&, void* memory, const CrossEntropyRows&,
                                    const CrossEntropyParts&);
   void (*catalog_cross_entropy_target_logits)(const Attention&, const Vectors& items, const double* bias,
                                               int64_t first, int64_t n, void* memory, double* logits);
-  int64_t (*catalog_cross_entropy_backward)(const Attention&, const Unit&, void* memory, const CrossEntropyRows&,
-                                            const CrossEntropyGradient&);
+  int64_t (*catalog_cross_entropy_backward)(const Attention&, const Unit&, void* memory,
+                                            const CrossEntropyRows&, const CrossEntropyGradient&);
   int64_t (*catalog_topk)(const Attention&, const Unit&, void* memory, const TopkOptions&, const TopkParts&);
 };
 
-// Best tier of this processor, or the one that ATTNREC_CPU_TIER names. Throws std::runtime_error where the variable
-// names a tier that is unknown or that the processor lacks. `Element::kFloat64` has the baseline tier in double only.
+// Best tier of this processor, or the one that ATTNREC_CPU_TIER names. Throws std::runtime_error where the
+// variable names a tier that is unknown or that the processor lacks. `Element::kFloat64` has the baseline
+// tier in double only.
 const Kernels& kernels(Element element);
 
 const char* tier_name();

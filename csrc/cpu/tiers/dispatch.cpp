@@ -20,13 +20,15 @@ const Tier kTiers[] = {
 #if defined(__x86_64__)
     {&kAvx2,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
      }},
     {&kAvx512,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
      }},
 #endif
 };
@@ -41,8 +43,8 @@ const Kernels& choose() {
     if (!asked || !*asked || asked == std::string(tier.kernels->name)) best = tier.kernels;
   }
   if (!best) {
-    throw std::runtime_error("attnrec: ATTNREC_CPU_TIER must name a tier that this processor has (" + here + "), got \"" +
-                             asked + "\"");
+    throw std::runtime_error("attnrec: ATTNREC_CPU_TIER must name a tier that this processor has (" + here +
+                             "), got \"" + asked + "\"");
   }
   return *best;
 }

@@ -1,5 +1,5 @@
-// 2^f on [-1/2, 1/2], minimax in relative error with the constant term fixed at 1 (Lawson iteration): 2e-9 before
-// rounding, 8e-8 evaluated in fp32. Highest power first.
+// 2^f on [-1/2, 1/2], minimax in relative error with the constant term fixed at 1 (Lawson iteration): 2e-9
+// before rounding, 8e-8 evaluated in fp32. Highest power first.
 #pragma once
 
 namespace attnrec::cpu {

@@ -1,6 +1,6 @@
-// Every standard header that the tiers use. A tier's translation unit includes this before it turns its instruction
-// set on: an inline function first compiled inside the region would be merged by the linker into code that an older
-// processor runs, and crash there.
+// Every standard header that the tiers use. A tier's translation unit includes this before it turns its
+// instruction set on: an inline function first compiled inside the region would be merged by the linker into
+// code that an older processor runs, and crash there.
 #pragma once
 
 #include <cmath>
@@ -15,10 +15,12 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 takes the deliberately undefined operand of its own AVX-512 intrinsics for a mistake (its bug 105593).
+// GCC 12 takes the deliberately undefined operand of its own AVX-512 intrinsics for a mistake (its bug
+// 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
-// Vectors are passed between inlined functions of one file only: what their calling convention is does not matter.
+// Vectors are passed between inlined functions of one file only: what their calling convention is does not
+// matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 

@@ -56,7 +56,8 @@ struct Avx2Vector {
   // The first n lanes of r, `fill` in the others.
   ATTNREC_INLINE Reg first(Reg r, int n, float fill) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return _mm256_blendv_ps(set1(fill), r, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
+    return _mm256_blendv_ps(set1(fill), r,
+                            _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
   }
   ATTNREC_INLINE void transpose(Reg (&r)[kWidth]) {
     Reg t[8];
@@ -77,7 +78,7 @@ struct Avx2Vector {
     for (int i = 0; i < 8; i++) r[i] = t[i];
   }
   ATTNREC_INLINE Reg exp2(Reg x) {
-    const Reg magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Reg magic = set1(12582912.0f);        // 1.5 * 2^23: adding it rounds to an integer
     const Reg clamped = max(set1(-150.0f), x);  // NaN stays NaN
     const Reg rounded = add(clamped, magic), f = sub(clamped, sub(rounded, magic));
     Reg p = set1(kExp2Coefficients[0]);

@@ -8,7 +8,8 @@ struct Avx512Vector {
   using Real = float;
   using Reg = __m512;
   static constexpr int kWidth = 16;
-  static constexpr int kRows = 8;  // 8 x 2 accumulators hide the latency of 2 FMA pipes; broadcasts come from memory
+  // 8 x 2 accumulators hide the latency of 2 FMA pipes; broadcasts come from memory.
+  static constexpr int kRows = 8;
 
   ATTNREC_INLINE Reg set1(float x) { return _mm512_set1_ps(x); }
   ATTNREC_INLINE Reg zero() { return _mm512_setzero_ps(); }

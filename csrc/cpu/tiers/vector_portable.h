@@ -1,5 +1,5 @@
-// The baseline tier's vectors: the compiler's own vector extension, which becomes SSE2 on x86-64 and NEON on aarch64.
-// `Real` is float, or double for float64 tensors.
+// The baseline tier's vectors: the compiler's own vector extension, which becomes SSE2 on x86-64 and NEON on
+// aarch64. `Real` is float, or double for float64 tensors.
 #pragma once
 
 namespace attnrec::cpu {
@@ -34,8 +34,9 @@ struct PortableVector {
   ATTNREC_INLINE Reg add(Reg a, Reg b) { return a + b; }
   ATTNREC_INLINE Reg sub(Reg a, Reg b) { return a - b; }
   ATTNREC_INLINE Reg mul(Reg a, Reg b) { return a * b; }
-  ATTNREC_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }  // two roundings: no fused product at this level
-  ATTNREC_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }     // b where either is NaN, as on x86
+  // Two roundings: there is no fused product at this level.
+  ATTNREC_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
+  ATTNREC_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }  // b where either is NaN, as on x86
   ATTNREC_INLINE Real sum(Reg r) { return (r[0] + r[1]) + (r[2] + r[3]); }
   ATTNREC_INLINE Real maximum(Reg r) {
     Real m = r[0];

@@ -1,9 +1,10 @@
-// The streaming softmax: one loop over a unit's rows and events that every op shares. It packs events, computes tiles
-// of scores, and hands each tile to a readout (the weighted value, the log-sum-exp, the weights, the heaviest, ...).
+// The streaming softmax: one loop over a unit's rows and events that every op shares. It packs events,
+// computes tiles of scores, and hands each tile to a readout (the weighted value, the log-sum-exp, the
+// weights, the heaviest, ...).
 //
-// One order of summation, whatever else is in the batch: a score is a chain of FMAs over d; events come in blocks of
-// kKeys; a row's sums over events are chains in event order. Rows share loads, never arithmetic, so that a row's bits
-// do not depend on its neighbours (the contract's batch invariance).
+// One order of summation, whatever else is in the batch: a score is a chain of FMAs over d; events come in
+// blocks of kKeys; a row's sums over events are chains in event order. Rows share loads, never arithmetic, so
+// that a row's bits do not depend on its neighbours (the contract's batch invariance).
 #pragma once
 
 #include "cpu/tiers/prelude.h"
@@ -20,7 +21,8 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Hands out pieces of a thread's scratch memory, each on a cache line of its own. With no memory it only counts.
+// Hands out pieces of a thread's scratch memory, each on a cache line of its own. With no memory it only
+// counts.
 class Arena {
  public:
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
@@ -43,7 +45,8 @@ constexpr int padded(int head_dim) {
   return (head_dim + V::kWidth - 1) / V::kWidth * V::kWidth;
 }
 
-// Calls function(pointer of the stored type). Float64 is only ever seen by the double tier, float32 by the others.
+// Calls function(pointer of the stored type). Float64 is only ever seen by the double tier, float32 by the
+// others.
 template <class V, class Function>
 ATTNREC_INLINE void with_element(Element element, const void* data, Function&& function) {
   if (element == Element::kBFloat16) {
@@ -63,7 +66,8 @@ ATTNREC_INLINE typename V::Reg load_part(const Stored* p, int n) {
   return V::load(part);
 }
 
-// One vector of D elements, converted, times `factor`, to `row`, which is padded with zeros to whole registers.
+// One vector of D elements, converted, times `factor`, to `row`, which is padded with zeros to whole
+// registers.
 template <class V>
 ATTNREC_INLINE void load_row(const void* data, Element element, int head_dim, typename V::Real factor,
                              typename V::Real* row) {
@@ -88,20 +92,23 @@ ATTNREC_INLINE void store_row(const typename V::Real* row, int head_dim, Element
   });
 }
 
-// Events 0 … n of `from` (row stride in elements) into panels of 2 registers of events: panel[d][event]. Events from n
-// to the end of the last panel, and those with hide[event] = -inf, become zeros: nothing of them is computed with.
+// Events 0 … n of `from` (row stride in elements) into panels of 2 registers of events: panel[d][event].
+// Events from n to the end of the last panel, and those with hide[event] = -inf, become zeros: nothing of
+// them is computed with.
 template <class V>
 void pack_panels(const void* data, Element element, int64_t stride, int n, int head_dim,
                  const typename V::Real* hide, typename V::Real* panels) {
   constexpr int W = V::kWidth;
   with_element<V>(element, data, [&](auto* from) __attribute__((always_inline)) {
     for (int event = 0; event < round_up(n, 2 * W); event += W) {
-      typename V::Real* to = panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * head_dim + event % (2 * W);
+      typename V::Real* to =
+          panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * head_dim + event % (2 * W);
       for (int d = 0; d < head_dim; d += W) {
         typename V::Reg r[W];
         for (int i = 0; i < W; i++) __builtin_prefetch(from + (event + i + kPrefetchEvents) * stride + d);
         for (int i = 0; i < W; i++) {
-          const bool seen = event + i < n && !(hide && hide[event + i] == -std::numeric_limits<float>::infinity());
+          const bool seen =
+              event + i < n && !(hide && hide[event + i] == -std::numeric_limits<float>::infinity());
           r[i] = seen ? load_part<V>(from + (event + i) * stride + d, head_dim - d) : V::zero();
         }
         V::transpose(r);
@@ -111,8 +118,8 @@ void pack_panels(const void* data, Element element, int64_t stride, int n, int h
   });
 }
 
-// Rows of events 0 … n as working numbers, in place where they can be read so (the returned pointer and stride), else
-// copied to `copy`, which has room for n rows of padded D.
+// Rows of events 0 … n as working numbers, in place where they can be read so (the returned pointer and
+// stride), else copied to `copy`, which has room for n rows of padded D.
 template <class V>
 const typename V::Real* event_rows(const void* data, Element element, int64_t stride, int n, int head_dim,
                                    const typename V::Real* hide, bool copy_anyway, typename V::Real* copy,
@@ -122,7 +129,8 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
     *row_stride = stride;
     const auto* rows = static_cast<const typename V::Real*>(data);
     for (int i = 0; i < n; i++) {
-      for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*rows))) __builtin_prefetch(rows + i * stride + d);
+      for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*rows)))
+        __builtin_prefetch(rows + i * stride + d);
     }
     return rows;
   }
@@ -133,7 +141,8 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
     if (hide && hide[i] == -std::numeric_limits<float>::infinity()) {
       for (int d = 0; d < width; d += V::kWidth) V::store(row + d, V::zero());
     } else {
-      load_row<V>(static_cast<const char*>(data) + i * stride * element_bytes(element), element, head_dim, 1, row);
+      load_row<V>(static_cast<const char*>(data) + i * stride * element_bytes(element), element, head_dim, 1,
+                  row);
     }
   }
   return copy;
@@ -171,12 +180,14 @@ void score_block(const typename V::Real* rows, const typename V::Real* panel, in
   }
 }
 
-// out[r][:] += Σ_i factor[r * factor_row + i * factor_step] · values[i][:], i in order, for M rows of `width` numbers:
-// summed apart and then added, or as one chain with what `out` has. Sums over thousands of events are made of parts, so
-// that their rounding errors stay those of short sums (a chain of 4096 has 4 times plain PyTorch's error).
+// out[r][:] += Σ_i factor[r * factor_row + i * factor_step] · values[i][:], i in order, for M rows of `width`
+// numbers: summed apart and then added, or as one chain with what `out` has. Sums over thousands of events
+// are made of parts, so that their rounding errors stay those of short sums (a chain of 4096 has 4 times
+// plain PyTorch's error).
 template <class V, int M, bool kApart = true>
-void accumulate_block(const typename V::Real* factor, int factor_row, int factor_step, const typename V::Real* values,
-                      int64_t value_stride, int n, int width, typename V::Real* out, int64_t out_stride) {
+void accumulate_block(const typename V::Real* factor, int factor_row, int factor_step,
+                      const typename V::Real* values, int64_t value_stride, int n, int width,
+                      typename V::Real* out, int64_t out_stride) {
   using Real = typename V::Real;
   constexpr int W = V::kWidth;
   int d = 0;
@@ -213,7 +224,8 @@ void accumulate_block(const typename V::Real* factor, int factor_row, int factor
     for (int i = 0; i < n; i++) {
       const typename V::Reg v = V::load(values + i * value_stride + d);
 #pragma GCC unroll 8
-      for (int r = 0; r < M; r++) sum[r] = V::fma(V::set1(factor[r * factor_row + i * factor_step]), v, sum[r]);
+      for (int r = 0; r < M; r++)
+        sum[r] = V::fma(V::set1(factor[r * factor_row + i * factor_step]), v, sum[r]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
@@ -240,11 +252,12 @@ ATTNREC_INLINE void accumulate(int rows, Arguments... arguments) {
   accumulate_block<V, M, kApart>(arguments...);
 }
 
-// `accumulate` of a tile for rows that see different numbers of its events: what all see together, the rest row by
-// row. A row's sum is the same chain either way.
+// `accumulate` of a tile for rows that see different numbers of its events: what all see together, the rest
+// row by row. A row's sum is the same chain either way.
 template <class V>
-void accumulate_seen(int rows, const int* seen, const typename V::Real* factor, const typename V::Real* values,
-                     int64_t value_stride, int width, typename V::Real* out, int64_t out_stride) {
+void accumulate_seen(int rows, const int* seen, const typename V::Real* factor,
+                     const typename V::Real* values, int64_t value_stride, int width, typename V::Real* out,
+                     int64_t out_stride) {
   int fewest = seen[0], most = seen[0];
   for (int r = 1; r < rows; r++) {
     fewest = seen[r] < fewest ? seen[r] : fewest;
@@ -262,8 +275,8 @@ void accumulate_seen(int rows, const int* seen, const typename V::Real* factor, 
   for (int r = 0; r < rows; r++) {
     if (seen[r] == 0) continue;
     typename V::Real *sum = sums + r * width, *to = out + r * out_stride;
-    accumulate_block<V, 1, false>(factor + r * kKeys + fewest, kKeys, 1, values + fewest * value_stride, value_stride,
-                                  seen[r] - fewest, width, sum, width);
+    accumulate_block<V, 1, false>(factor + r * kKeys + fewest, kKeys, 1, values + fewest * value_stride,
+                                  value_stride, seen[r] - fewest, width, sum, width);
     for (int d = 0; d < width; d += V::kWidth) V::store(to + d, V::add(V::load(to + d), V::load(sum + d)));
   }
 }
@@ -280,8 +293,8 @@ inline int64_t seen_events(const Attention& a, const Unit& unit, int row) {
   return a.visible ? least(events, a.visible[unit.candidate(row)]) : events;
 }
 
-// Events packed at once. What is packed for more rows than a block should stay in L2 (256 KiB for keys and values);
-// for a single block of rows there is nothing to reuse, so a tile at a time in L1.
+// Events packed at once. What is packed for more rows than a block should stay in L2 (256 KiB for keys and
+// values); for a single block of rows there is nothing to reuse, so a tile at a time in L1.
 template <class V>
 int packed_events(int rows, int head_dim) {
   if (rows <= V::kRows) return kKeys;
@@ -289,9 +302,9 @@ int packed_events(int rows, int head_dim) {
   return static_cast<int>(fit >= 1024 ? 1024 : fit <= kKeys ? kKeys : fit / kKeys * kKeys);
 }
 
-// A tile of scores as the readout gets it: row r of the block (row `first_row + r` of the unit) sees seen[r] of the
-// events first_event … + kKeys; scores[r * kKeys + i] is (scale · q·k + bias) · units, and -inf where hidden, up to
-// the next whole register after seen[r]. The readout may overwrite the scores.
+// A tile of scores as the readout gets it: row r of the block (row `first_row + r` of the unit) sees seen[r]
+// of the events first_event … + kKeys; scores[r * kKeys + i] is (scale · q·k + bias) · units, and -inf where
+// hidden, up to the next whole register after seen[r]. The readout may overwrite the scores.
 template <class V>
 struct Tile {
   int first_row, rows;
@@ -315,8 +328,9 @@ struct StreamScratch {
         scores(arena.take<typename V::Real>(V::kRows * kKeys)) {}
 };
 
-// Runs one unit. `readout.pack(first_event, n, hide)` prepares whatever else the readout needs of the packed events
-// (values), `readout.tile(Tile)` reads a tile of scores out. With a key_bias a unit holds one head only.
+// Runs one unit. `readout.pack(first_event, n, hide)` prepares whatever else the readout needs of the packed
+// events (values), `readout.tile(Tile)` reads a tile of scores out. With a key_bias a unit holds one head
+// only.
 template <class V, class Readout>
 void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratch, Readout& readout) {
   using Real = typename V::Real;
@@ -337,8 +351,8 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratc
         scratch.bias[i] = load_element<Real>(a.key_bias, index, a.bias_element) * static_cast<Real>(a.units);
       }
     }
-    pack_panels<V>(a.key.at(event0 + packed, unit.kv_head, a.element), a.element, a.key.row_stride, n, D, bias,
-                   scratch.panels);
+    pack_panels<V>(a.key.at(event0 + packed, unit.kv_head, a.element), a.element, a.key.row_stride, n, D,
+                   bias, scratch.panels);
     readout.pack(packed, n, bias);
 
     for (int row = 0; row < unit.rows; row += V::kRows) {
@@ -347,18 +361,19 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratc
       for (int r = 0; r < rows; r++) {
         seen_by[r] = seen_events(a, unit, row + r);
         most = greatest(most, seen_by[r]);
-        load_row<V>(a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element), a.element, D, factor,
-                    scratch.row);
+        load_row<V>(a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element), a.element, D,
+                    factor, scratch.row);
         interleave_row<V>(scratch.row, D, r, scratch.rows);
       }
       for (int begin = 0; begin < n && packed + begin < most; begin += kKeys) {
         int seen[V::kRows];
         for (int r = 0; r < rows; r++) {
-          seen[r] = static_cast<int>(greatest(0, least(least(kKeys, n - begin), seen_by[r] - packed - begin)));
+          seen[r] =
+              static_cast<int>(greatest(0, least(least(kKeys, n - begin), seen_by[r] - packed - begin)));
         }
         const int count = static_cast<int>(least(least(kKeys, n - begin), most - packed - begin));
-        scores<V>(rows, scratch.rows, scratch.panels + static_cast<int64_t>(begin) * D, (count + 2 * W - 1) / (2 * W), D,
-                  scratch.scores);
+        scores<V>(rows, scratch.rows, scratch.panels + static_cast<int64_t>(begin) * D,
+                  (count + 2 * W - 1) / (2 * W), D, scratch.scores);
         for (int r = 0; r < rows; r++) {
           Real* s = scratch.scores + r * kKeys;
           if (bias) {
@@ -368,7 +383,8 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratc
           }
           const int tail = seen[r] / W * W;
           if (tail < seen[r]) {
-            V::store(s + tail, V::first(V::load(s + tail), seen[r] - tail, -std::numeric_limits<float>::infinity()));
+            V::store(s + tail,
+                     V::first(V::load(s + tail), seen[r] - tail, -std::numeric_limits<float>::infinity()));
           }
         }
         readout.tile(Tile<V>{row, rows, packed + begin, begin, seen, scratch.scores});
@@ -377,8 +393,8 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratc
   }
 }
 
-// e^x for x <= 0. x times log2(e) is rounded, which at x = -8 is an error of 2.4e-7 of the result: what the rounding lost
-// is put back. (Where a tier has no fused product nothing is seen to be lost.)
+// e^x for x <= 0. x times log2(e) is rounded, which at x = -8 is an error of 2.4e-7 of the result: what the
+// rounding lost is put back. (Where a tier has no fused product nothing is seen to be lost.)
 template <class V>
 ATTNREC_INLINE typename V::Reg exp_of(typename V::Reg x) {
   using Real = typename V::Real;
@@ -389,9 +405,9 @@ ATTNREC_INLINE typename V::Reg exp_of(typename V::Reg x) {
   return V::fma(power, V::mul(lost, V::set1(static_cast<Real>(kLn2))), power);
 }
 
-// The running maximum and sum of each row's softmax. `lanes` holds the sum in V::kWidth parts. Scores come in base 2,
-// or with kNatural as they are: a multiplication more, but a maximum that is a result's own number, so that what is
-// later taken from it cancels exactly.
+// The running maximum and sum of each row's softmax. `lanes` holds the sum in V::kWidth parts. Scores come in
+// base 2, or with kNatural as they are: a multiplication more, but a maximum that is a result's own number,
+// so that what is later taken from it cancels exactly.
 template <class V, bool kNatural = false>
 struct RunningSoftmax {
   typename V::Real *maximum, *lanes;
@@ -413,8 +429,8 @@ struct RunningSoftmax {
     if constexpr (kNatural) return exp_of<V>(x);
     return V::exp2(x);
   }
-  // Takes in seen >= 1 scores and turns them into exp2(score - maximum). Returns the factor by which all that was
-  // summed before has to be multiplied; 1 where the maximum stayed.
+  // Takes in seen >= 1 scores and turns them into exp2(score - maximum). Returns the factor by which all that
+  // was summed before has to be multiplied; 1 where the maximum stayed.
   ATTNREC_INLINE typename V::Real step(RunningSoftmax& self, int row, int seen, typename V::Real* scores) {
     using Real = typename V::Real;
     constexpr int W = V::kWidth;
@@ -444,13 +460,15 @@ struct RunningSoftmax {
   typename V::Real base(int row) const {
     return maximum[row] == -std::numeric_limits<typename V::Real>::infinity() ? 0 : maximum[row];
   }
-  typename V::Real sum(int row) const { return V::sum(V::load(lanes + static_cast<int64_t>(row) * V::kWidth)); }
+  typename V::Real sum(int row) const {
+    return V::sum(V::load(lanes + static_cast<int64_t>(row) * V::kWidth));
+  }
   typename V::Real inverse_sum(int row) const {
     const typename V::Real total = sum(row);
     return total == 0 ? 0 : 1 / total;
   }
-  // In nats; -inf for a row that has seen nothing. In double, so that it is rounded once: what is recomputed from it,
-  // exp(s - lse), is off by that rounding.
+  // In nats; -inf for a row that has seen nothing. In double, so that it is rounded once: what is recomputed
+  // from it, exp(s - lse), is off by that rounding.
   typename V::Real lse(int row) const {
     const double total = sum(row), unit = kNatural ? 1 : kLn2;
     return static_cast<typename V::Real>(total == 0 ? -std::numeric_limits<double>::infinity()
@@ -476,14 +494,17 @@ typename V::Real self_score(const Attention& a, const Unit& unit, int r, const S
   return dot<V>(scratch.row, scratch.scores, padded<V>(a.head_dim));
 }
 
-// The softmax of a unit's rows before their first event: nothing, or the self slot with maximum = its score, sum = 1.
+// The softmax of a unit's rows before their first event: nothing, or the self slot with maximum = its score,
+// sum = 1.
 template <class V>
-void start_softmax(const Attention& a, const Unit& unit, const StreamScratch<V>& scratch, RunningSoftmax<V>& softmax) {
+void start_softmax(const Attention& a, const Unit& unit, const StreamScratch<V>& scratch,
+                   RunningSoftmax<V>& softmax) {
   softmax.clear(unit.rows);
   if (!a.self_key.data) return;
   for (int r = 0; r < unit.rows; r++) {
     const typename V::Real score = self_score<V>(a, unit, r, scratch);
-    softmax.start(r, score, score - score + 1);  // 1, but NaN where the score is: no event may come to bring it in
+    softmax.start(r, score,
+                  score - score + 1);  // 1, but NaN where the score is: no event may come to bring it in
   }
 }
 

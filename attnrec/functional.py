@@ -193,7 +193,8 @@ def catalog_topk(
     Returns:
         `(scores [B, k], ids [B, k], lse [B])`: best first, ties by the lower id; ids int64, the others
         float32 (float64 for float64). `lse` runs over all items that are not excluded, so that `exp(score -
-        lse)` is a probability. Where fewer than k are left: score -inf and id -1. Forward only.
+        lse)` is a probability. Where fewer than k are left: score -inf and id -1. An item whose score is NaN
+        comes after all others, that is never (and `lse` is NaN). Forward only.
     """
     if exclude is not None and not (isinstance(exclude, tuple | list) and len(exclude) == 2):
         raise TypeError(f"catalog_topk: exclude must be a pair (ids, offsets), got {type(exclude).__name__}")

@@ -235,7 +235,8 @@ def catalog_topk(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best items of each user: `(scores [B, k], ids [B, k], lse [B])`, ties by the lower id.
 
-    Excluded items are never returned and not part of `lse`. Where fewer than k are left: score -inf, id -1.
+    Excluded items are never returned and not part of `lse`. Where fewer than k are left: score -inf, id -1. A
+    score that is NaN is as good as -inf (and makes `lse` NaN).
     """
     # Widened before the product, not after: the ids are those of the table as given, not of rounded scores.
     users, catalog = _wide(users), _wide(catalog)
@@ -245,7 +246,7 @@ def catalog_topk(
         if exclude_ids is not None and exclude_offsets is not None:
             excluded = exclude_ids[int(exclude_offsets[user]) : int(exclude_offsets[user + 1])]
             logits = logits.index_fill(0, excluded.long(), -INF)
-        best = logits.sort(descending=True, stable=True)
+        best = logits.masked_fill(logits.isnan(), -INF).sort(descending=True, stable=True)
         scores.append(best.values[:k])
         ids.append(best.indices[:k].masked_fill(best.values[:k] == -INF, -1))
         lses.append(logits.logsumexp(0))

@@ -30,7 +30,7 @@ struct Backward {
     base_rest = arena.take<Real>(unit.rows);
     shift = arena.take<Real>(unit.rows);
     self_weight = arena.take<Real>(unit.rows);
-    self_weighted = arena.take<Real>(unit.rows);
+    self_grad = arena.take<Real>(unit.rows);
     grad_query = arena.take<Real>(static_cast<int64_t>(unit.rows) * width);
     grad_key = arena.take<Real>(events * width);
     grad_value = arena.take<Real>(events * width);
@@ -43,7 +43,7 @@ struct Backward {
     grad_weight = arena.take<Real>(V::kRows * kKeys);
     weight = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
     grad_score = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
-    self = arena.take<Real>(4 * int64_t{width});
+    self = arena.take<Real>(3 * int64_t{width});
   }
 
   void begin(const StreamScratch<V>& scratch) {
@@ -51,7 +51,6 @@ struct Backward {
     clear(grad_key, events * width);
     clear(grad_value, events * width);
     if (a.key_bias) clear(grad_bias, round_up(events, kKeys));
-    const bool with_self = a.self_key.data && whole.first_event == 0;
     for (int r = 0; r < whole.rows; r++) {
       const int64_t c = whole.candidate(r);
       const int h = whole.query_head(r);
@@ -63,8 +62,8 @@ struct Backward {
       base_rest[r] = sees(r) ? static_cast<Real>(lse2 - base[r]) : 0;
       shift[r] = dot<V>(grad_out, query, width) - grad_lse(r);
       clear(grad_query + static_cast<int64_t>(r) * width, width);
-      self_weight[r] = self_weighted[r] = 0;
-      if (with_self) self_slot(r, scratch);
+      self_weight[r] = self_grad[r] = 0;
+      if (with_self() && sees(r)) start_self_slot(r, scratch);
     }
   }
 
@@ -110,7 +109,9 @@ struct Backward {
       Real factor = 1, less = shift[row];
       if (t.first_event == 0 && seen_here[r] > 0 && seen_events(a, unit, t.first_row + r) <= kKeys) {
         factor = 1 / (V::sum(sum) + self_weight[row]);
-        less = (V::sum(weighted) + self_weighted[row]) * factor - grad_lse(row);
+        less = (V::sum(weighted) + self_weight[row] * self_grad[row]) * factor - grad_lse(row);
+        self_weight[row] *= factor;
+        shift[row] = less;
       }
       for (int i = 0; i < seen_here[r]; i += W) {
         const typename V::Reg exact = V::mul(V::load(p + i), V::set1(factor));
@@ -139,11 +140,12 @@ struct Backward {
   void finish(const GradQuery& to) {
     const int D = a.head_dim;
     for (int r = 0; r < whole.rows; r++) {
+      if (with_self()) finish_self_slot(r);
       const int64_t row = (whole.candidate(r) - whole.first) * a.heads + whole.query_head(r);
       store_scaled(grad_query + static_cast<int64_t>(r) * width, a.scale, to.element,
                    static_cast<char*>(to.data) + row * D * element_bytes(to.element));
     }
-    clear(self, width);
+    clear(self, width);  // what events beyond the last get
     for (int64_t event = whole.first_event; event < stored_end(); event++) {
       const bool exists = event < whole.last_event;
       const int64_t i = (event - whole.first_event) * width;
@@ -185,33 +187,47 @@ struct Backward {
   int64_t stored_end() const {
     return whole.last_event == a.events(whole.user) ? a.room(whole.user) : whole.last_event;
   }
+  void add_scaled(Real factor, const Real* row, Real* to) const {
+    for (int d = 0; d < width; d += W) {
+      V::store(to + d, V::fma(V::set1(factor), V::load(row + d), V::load(to + d)));
+    }
+  }
   void store_scaled(Real* row, double scale, Element element, void* to) const {
     for (int d = 0; d < width; d += W)
       V::store(row + d, V::mul(V::load(row + d), V::set1(static_cast<Real>(scale))));
     store_row<V>(row, a.head_dim, element, to);
   }
 
-  // Row r's gradients of its self slot; `grad_out` holds its dO. The heads of a candidate come one after
-  // another.
-  void self_slot(int r, const StreamScratch<V>& scratch) {
-    Real *self_key = self, *self_value = self + width, *dk = self + 2 * width, *dv = self + 3 * width;
-    const int64_t c = whole.candidate(r), result = c * a.kv_heads + whole.kv_head;
+  bool with_self() const { return a.self_key.data && whole.first_event == 0; }
+
+  // `grad_out` holds row r's dO.
+  void start_self_slot(int r, const StreamScratch<V>& scratch) {
+    load_row<V>(a.self_value.at(whole.candidate(r), whole.kv_head, a.element), a.element, a.head_dim, 1,
+                self);
+    self_grad[r] = dot<V>(grad_out, self, width);
+    self_weight[r] = exp2_of<V>(self_score<V>(a, whole, r, scratch) - base[r] - base_rest[r]);
+    if (seen_events(a, whole, r) > 0) return;
+    self_weight[r] = self_weight[r] - self_weight[r] + 1;  // alone it has all the weight, but a NaN stays
+    shift[r] = self_grad[r] - grad_lse(r);
+  }
+
+  // The gradients of row r's self slot. The heads of a candidate come one after another.
+  void finish_self_slot(int r) {
+    Real *key_here = self, *dk = self + width, *dv = self + 2 * width;
+    const int64_t c = whole.candidate(r);
     if (r % whole.group == 0) clear(dk, 2 * int64_t{width});
     if (sees(r)) {
-      const Real p = self_weight[r] =
-          exp2_of<V>(self_score<V>(a, whole, r, scratch) - base[r] - base_rest[r]);
-      load_row<V>(a.query.at(c, whole.query_head(r), a.element), a.element, a.head_dim, 1, query);
-      load_row<V>(a.self_key.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, self_key);
-      load_row<V>(a.self_value.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, self_value);
-      const Real dp = dot<V>(grad_out, self_value, width), ds = p * (dp - shift[r]);
-      self_weighted[r] = p * dp;
-      accumulate_block<V, 1, false>(&ds, 0, 0, self_key, width, 1, width,
-                                    grad_query + static_cast<int64_t>(r) * width, width);
-      accumulate_block<V, 1, false>(&ds, 0, 0, query, width, 1, width, dk, width);
-      accumulate_block<V, 1, false>(&p, 0, 0, grad_out, width, 1, width, dv, width);
+      const int h = whole.query_head(r);
+      load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, grad_out);
+      load_row<V>(a.query.at(c, h, a.element), a.element, a.head_dim, 1, query);
+      load_row<V>(a.self_key.at(c, whole.kv_head, a.element), a.element, a.head_dim, 1, key_here);
+      const Real p = self_weight[r], ds = p * (self_grad[r] - shift[r]);
+      add_scaled(p, grad_out, dv);
+      add_scaled(ds, query, dk);
+      add_scaled(ds, key_here, grad_query + static_cast<int64_t>(r) * width);
     }
     if ((r + 1) % whole.group == 0) {
-      const int64_t byte = result * a.head_dim * element_bytes(a.element);
+      const int64_t byte = (c * a.kv_heads + whole.kv_head) * a.head_dim * element_bytes(a.element);
       store_scaled(dk, a.scale, a.element, static_cast<char*>(g.grad_self_key) + byte);
       store_scaled(dv, 1, a.element, static_cast<char*>(g.grad_self_value) + byte);
     }
@@ -229,15 +245,20 @@ struct Backward {
       const int h = unit.query_head(block + r);
       Real *q = query + static_cast<int64_t>(place + r) * width,
            *d_out = grad_out + static_cast<int64_t>(place + r) * width;
-      load_row<V>(a.query.at(c, h, a.element), a.element, a.head_dim, 1, q);
-      load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, d_out);
+      const bool blind = !sees(whole_row(block + r));
+      if (blind) {
+        clear(q, width);
+        clear(d_out, width);
+      } else {
+        load_row<V>(a.query.at(c, h, a.element), a.element, a.head_dim, 1, q);
+        load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, d_out);
+      }
       interleave_row<V>(d_out, a.head_dim, r, grad_out_rows);
       for (int d = 0; d < width; d += W) {
         check = V::fma(V::load(q + d), V::zero(), V::fma(V::load(d_out + d), V::zero(), check));
       }
       const int64_t events = seen_events(a, unit, block + r) - packed;
-      seen[place + r] =
-          static_cast<int>(sees(whole_row(block + r)) ? greatest(0, least(events, span(a.head_dim))) : 0);
+      seen[place + r] = static_cast<int>(blind ? 0 : greatest(0, least(events, span(a.head_dim))));
     }
     finite = finite && V::sum(check) == 0;
   }
@@ -253,18 +274,25 @@ struct Backward {
         clear(p + r * kKeys + zeros, count - zeros);
         clear(ds + r * kKeys + zeros, count - zeros);
       }
-      // Rows that see none of these events are left out at both ends (visible = 1, 2, 3 …), and between them
-      // have zeros. Those would not do against a NaN: then each event takes its own rows only.
-      const int step = finite ? V::kRows : 1;
-      for (int e = 0; e < count; e += step) {
-        if (!finite && hidden(packed + begin + e)) continue;
-        const int events = static_cast<int>(least(step, count - e));
+      // Rows that see none of these events are left out at both ends (visible = 1, 2, 3 …); between them they
+      // have zeros, which would not do against a NaN: with one in the chunk, each event takes its own rows
+      // only.
+      for (int e = 0; e < count; e += finite ? V::kRows : 1) {
         int first = 0, last = filled;
         while (first < last && seen[first] <= begin + e) first++;
         while (last > first && seen[last - 1] <= begin + e) last--;
-        for (int end; first < last; first = end) {
-          end = finite ? last : first + 1;
-          if (finite || seen[first] > begin + e) add_rows(first, end, events, p, ds, begin, e);
+        if (first == last) continue;
+        const int64_t to = (packed - whole.first_event + begin + e) * width;
+        if (finite) {
+          const int events = static_cast<int>(least(V::kRows, count - e));
+          add_rows<true>(first, last, events, p + e, ds + e, grad_value + to, grad_key + to);
+        } else if (!hidden(packed + begin + e)) {
+          clear(self, 2 * int64_t{width});
+          for (int r = first; r < last; r++) {
+            if (seen[r] > begin + e) add_rows<false>(r, r + 1, 1, p + e, ds + e, self, self + width);
+          }
+          add_scaled(1, self, grad_value + to);
+          add_scaled(1, self + width, grad_key + to);
         }
       }
       for (int i = 0; a.key_bias && i < count; i += W) {
@@ -278,28 +306,28 @@ struct Backward {
     finite = true;
   }
 
-  void add_rows(int first, int last, int events, const Real* p, const Real* ds, int begin, int e) {
-    const int64_t to = (packed - whole.first_event + begin + e) * width,
-                  from = static_cast<int64_t>(first) * width;
-    const int at = first * kKeys + e;
-    accumulate<V>(events, p + at, 1, kKeys, grad_out + from, int64_t{width}, last - first, width,
-                  grad_value + to, int64_t{width});
-    accumulate<V>(events, ds + at, 1, kKeys, query + from, int64_t{width}, last - first, width, grad_key + to,
-                  int64_t{width});
+  // dv += Pᵀ·dO and dk += dSᵀ·Q of some events over the chunk's rows first … last; P and dS are at the first
+  // event's.
+  template <bool kApart>
+  void add_rows(int first, int last, int events, const Real* p, const Real* ds, Real* dv, Real* dk) {
+    const int64_t from = static_cast<int64_t>(first) * width, stride = width;
+    const int n = last - first, at = first * kKeys;
+    accumulate<V, kApart>(events, p + at, 1, kKeys, grad_out + from, stride, n, width, dv, stride);
+    accumulate<V, kApart>(events, ds + at, 1, kKeys, query + from, stride, n, width, dk, stride);
   }
 
   const Attention& a;
   const AttentionGradients& g;
   const Unit whole;
   const int width;
-  // Of the whole unit's rows: lse in base 2 (in two parts), delta - grad_lse, self slot's P and P·dP, dQ /
-  // scale. Of its events: dK / scale, dV, dbias.
-  Real *base, *base_rest, *shift, *self_weight, *self_weighted, *grad_query, *grad_key, *grad_value,
-      *grad_bias;
+  // Of the whole unit's rows: lse in base 2 (in two parts), delta - grad_lse, P and dO·V of the self slot, dQ
+  // / scale.
+  Real *base, *base_rest, *shift, *self_weight, *self_grad, *grad_query;
+  Real *grad_key, *grad_value, *grad_bias;       // of its events: dK / scale, dV, dbias
   Real *value_panels, *copied;                   // of the packed events
   Real *query, *grad_out, *weight, *grad_score;  // of the chunk's rows; P and dS as [tile][row][kKeys]
   Real *grad_out_rows, *grad_weight;             // of the block
-  Real* self;
+  Real* self;                                    // of one self slot; elsewhere rows for what passes
 
   Unit unit;
   int row_step = 1;

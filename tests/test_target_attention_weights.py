@@ -44,7 +44,7 @@ def check(batch, slack=1.0, **changes):
 
 
 def check_top(batch, top):
-    """The top few are the first of all weights in order, with the same bits, and their events the right ones."""
+    """The top few are the first of all weights in order, with the same bits, and have the right events."""
     weights, events = weigh(batch, top=top)
     assert weights.shape == events.shape == (*batch.query.shape[:2], top)
     assert weights.dtype == batch.query.dtype

@@ -225,6 +225,19 @@ def test_a_hidden_item_is_not_computed_with():
     assert torch.equal(grad_table[130], torch.zeros(16))
 
 
+def test_a_hidden_item_under_label_smoothing_gets_no_gradient():
+    """Its share of the target makes the loss infinite, and the bias's gradient is that share."""
+    (users, table, target), options = make(40, 200, 16, options=("bias", "label_smoothing"))
+    target[target == 130] = 0
+    options["bias"][130] = -INF
+    leaves = [x.requires_grad_() for x in (users, table, options["bias"])]
+    loss = public(users, table, target, **options)
+    assert torch.equal(loss, torch.full((40,), INF))
+    _, grad_table, grad_bias = torch.autograd.grad(loss.sum(), leaves)
+    assert torch.equal(grad_table[130], torch.zeros(16))
+    torch.testing.assert_close(grad_bias[130], torch.tensor(-40 * 0.15 / 200))
+
+
 def test_nan_stays_with_its_row():
     (users, table, target), _ = make(40, 200, 16)
     expected = public(users, table, target)

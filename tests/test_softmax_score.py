@@ -97,6 +97,16 @@ def test_a_user_with_every_item_hidden_gets_zeros():
     assert grad_items.isfinite().all()
 
 
+def test_the_gradient_at_a_hidden_item_is_not_computed_with():
+    users, items, offsets, _ = make([6], 8)
+    bias = torch.tensor([0.0, -INF, 1.0, 0.0, -INF, 2.0])
+    leaves = [x.requires_grad_() for x in (users, items, bias)]
+    scores = attnrec.softmax_score(users, items, offsets, bias=bias)
+    upstream = torch.randn(6).index_fill(0, torch.tensor([1, 4]), NAN)
+    for grad in torch.autograd.grad(scores, leaves, upstream):
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("where", ["user", "item"])
 def test_nan_stays_with_its_user(where):
     users, items, offsets, bias = make([5, 130, 7], 16, bias=torch.float32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import torch
 from benches import console, tables
 from benches.case import Case
 from benches.machine import ROOT, git
-from benches.measure import LEAST_ROUNDS, MOST_ROUNDS, SAMPLE, Times, calls_per_sample, time_calls, times
+from benches.measure import MOST_ROUNDS, SAMPLE, Times, calls_per_sample, enough, time_calls, times
 
 HEADER = ("case", "base", "this tree", "base / this", "p10 – p90 of this")
 
@@ -90,7 +91,7 @@ def measure(workers: Sequence[Worker], key: str, seconds: float) -> list[Times] 
     taken: list[list[float]] = [[] for _ in workers]
     start = time.perf_counter()
     for turn in range(MOST_ROUNDS):
-        if turn >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+        if enough(turn, time.perf_counter() - start, seconds):
             break
         for i in (0, 1) if turn % 2 else (1, 0):
             taken[i].append(workers[i].ask(time=calls[i])["seconds"])
@@ -100,6 +101,7 @@ def measure(workers: Sequence[Worker], key: str, seconds: float) -> list[Times] 
 def run(cases: Sequence[Case], options: argparse.Namespace) -> int:
     """Prints the table; 1 where a case had no right result in this tree."""
     lines, failures = [], 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree goes then too
     with worktree(options.base) as tree, tempfile.TemporaryDirectory(prefix="attnrec-bench-") as rooms:
         workers = [
             Worker(root, options.device, options.threads, Path(rooms) / name)

@@ -15,6 +15,7 @@ import torch
 SAMPLE = 0.020  # seconds at least that one sample lasts
 SAMPLE_BESIDE_POOLS = 0.040  # where a contender has its own pool of threads
 LEAST_ROUNDS = 5
+LEAST_OF_LONG = 3  # where five rounds would take five times the time that is meant for a case
 MOST_ROUNDS = 25
 
 
@@ -73,8 +74,8 @@ def interleaved(
     """Times the contenders in rounds, one sample of each a round; the first is what ratios are taken to.
 
     A slow phase of the machine meets all of them alike, and the round-by-round ratio does not see it. The
-    order turns with the rounds, so that nobody always follows the same neighbour, and each sample begins
-    with an untimed call, which takes the other's data out of the caches and wakes the threads.
+    order turns with the rounds, so that nobody always follows the same neighbour, and a sample of many short
+    calls begins with an untimed one, which takes the other's data out of the caches and wakes the threads.
     """
     device = torch.device(device)
     amount = {name: calls_per_sample(call, sample, device) for name, call in calls.items()}
@@ -82,14 +83,20 @@ def interleaved(
     names = list(calls)
     start = time.perf_counter()
     for turn in range(MOST_ROUNDS):
-        if turn >= LEAST_ROUNDS and time.perf_counter() - start > seconds:
+        if enough(turn, time.perf_counter() - start, seconds):
             break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            calls[name]()
+            if amount[name] > 1:
+                calls[name]()
             samples[name].append(time_calls(calls[name], amount[name], device))
     base = samples[names[0]]
     return {name: times(taken, base, amount[name]) for name, taken in samples.items()}
+
+
+def enough(rounds: int, taken: float, seconds: float) -> bool:
+    """Whether a case that has `seconds` needs no further round after so many in so much time."""
+    return taken > seconds and rounds >= (LEAST_ROUNDS if taken <= 5 * seconds else LEAST_OF_LONG)
 
 
 def times(taken: Sequence[float], base: Sequence[float], calls: int) -> Times:

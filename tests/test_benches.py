@@ -16,7 +16,7 @@ from benches.__main__ import main
 from benches.case import Case, Contender, Counts, Refused
 from benches.case import compare as hold_against
 from benches.machine import Floors, describe, line, measure_floors
-from benches.measure import interleaved, peak_memory, quantile, times
+from benches.measure import enough, interleaved, peak_memory, quantile, times
 from benches.run import OURS, fastest_peer, run_case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,8 +181,16 @@ def test_contenders_take_turns():
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     found = interleaved(calls, CPU, sample=0.0, seconds=0.0)
     assert list(found) == ["a", "b", "c"]
-    # After a call each for the samples' size come rounds of a warm-up and a sample each; they start in turns.
-    assert "".join(order[3:21]) == "aabbccbbccaaccaabb"
+    # A call each for the samples' size, then rounds that start in turns.
+    assert "".join(order[:12]) == "abc" + "abc" + "bca" + "cab"
+
+
+def test_rounds():
+    assert not enough(4, 2.0, 1.0)
+    assert enough(5, 2.0, 1.0)
+    assert not enough(9, 0.5, 1.0)
+    assert enough(3, 6.0, 1.0)
+    assert not enough(2, 60.0, 1.0)
 
 
 def test_ratio_is_taken_round_by_round():

@@ -166,9 +166,17 @@ class Retrieval(nn.Module):
         `exclude` is `(ids, offsets [B + 1])`. A user without events gets what the item biases say.
         """
         items = self.items()
+        return catalog_topk(self._last_states(history, items), items, k, exclude=exclude, bias=self.bias)
+
+    def next_loss(self, history: History, targets: Tensor) -> Tensor:
+        """Cross-entropy of the item after each user's whole history; `targets` int64 `[B]`, result `[B]`."""
+        items = self.items()
+        states = self._last_states(history, items)
+        return catalog_cross_entropy(states, items, targets, bias=self.bias, reduction="none")
+
+    def _last_states(self, history: History, items: Tensor) -> Tensor:
         states = F.pad(self._states(history, items), (0, 0, 1, 0))  # row 0 for users without events
-        last = torch.where(history.offsets.diff() > 0, history.offsets[1:], 0)
-        return catalog_topk(states[last], items, k, exclude=exclude, bias=self.bias)
+        return states[torch.where(history.offsets.diff() > 0, history.offsets[1:], 0)]
 
     def _states(self, history: History, items: Tensor) -> Tensor:
         return self.norm(self.encoder(history, items, self.positions(history.place())))

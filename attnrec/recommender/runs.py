@@ -25,7 +25,7 @@ class MissingExtraError(ImportError):
 HEADS = ("retrieval", "ranking")
 # chosen by the validation events: docs/recommender.md has the runs
 SETTINGS: dict[str, TrainConfig] = {
-    "retrieval": TrainConfig(epochs=26, patience=15, batch_users=8, learning_rate=1e-3),
+    "retrieval": TrainConfig(epochs=26, patience=5, batch_users=8, learning_rate=1e-3),
     "ranking": TrainConfig(
         epochs=15, batch_users=4, learning_rate=2e-3, weight_decay=1e-4, embedding_decay=1e-4
     ),

@@ -125,7 +125,7 @@ class RetrievalTask:
     """Next-item prediction: each user's last event is test, the one before it validation."""
 
     name: ClassVar[str] = "retrieval"
-    metric: ClassVar[str] = f"ndcg@{K}"
+    metric: ClassVar[str] = "log likelihood"
 
     def __init__(self, encoded: Encoded, config: RetrievalConfig) -> None:
         self.encoded = encoded
@@ -176,7 +176,20 @@ class RetrievalTask:
     def validate(self, model: nn.Module) -> dict[str, float]:
         users, ends = _held_out(self.encoded.data, 2)
         ids, _ = self.lists(model, users, ends)
-        return metrics.list_metrics(ids, self._targets(users, ends))
+        targets = self._targets(users, ends)
+        return {
+            **metrics.list_metrics(ids, targets),
+            "log likelihood": self._log_likelihood(model, users, ends, targets),
+        }
+
+    @torch.inference_mode()
+    def _log_likelihood(self, model: Retrieval, users: Ids, ends: Ids, targets: Tensor) -> float:
+        """Mean of the held-out items: it counts every user, so it is less noisy than hits in a list."""
+        losses = [
+            model.next_loss(self.encoded.history(users[b], ends[b], self.config.window), targets[b])
+            for b in user_batches(len(users), EVALUATION_USERS)
+        ]
+        return -torch.cat(losses).mean().item()
 
     def test(self) -> tuple[dict[str, float], Ids, Tensor, Tensor]:
         """Metrics on the last event of each user, the users, and their lists: ids and probabilities."""

@@ -82,7 +82,7 @@ def fit(
     optimizer = _optimizer(task.model, config)
     # a run that stopped may go on with more patience: that changes no weights
     settings = {name: value for name, value in asdict(config).items() if name != "patience"}
-    description = {**task.description, "train": settings}
+    description = {**task.description, "metric": task.metric, "train": settings}
     rows: list[dict[str, float]] = []
     step = 0
     last = folder / "last.safetensors"

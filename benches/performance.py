@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benches import machine, tables
 from benches.machine import ROOT
-from benches.run import OURS, Row, failed, fastest_peer, geometric_mean
+from benches.run import OURS, Row, failed, fastest_peer
 
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benches" / "results"
@@ -42,6 +43,7 @@ How to read it:
   memory, or exponentials, the largest of the three) over the time taken. It counts the work that the result
   needs, not what somebody does.
 - **Memory** is {memory}.
+  ONNX Runtime's results are in memory that was bound before.
 - Padding is not timed, for the peers that need padded input. Engines run as their users would run them:
   OpenVINO for latency and without pinning, ONNX Runtime with bound memory and without spinning, faiss also
   with `distance_compute_blas_threshold = 1`. What computes in bf16 rounds its scores: in `catalog_topk`
@@ -98,13 +100,11 @@ def _ratio(row: Row, peer: str, best: tuple[str, float] | None) -> str:
 
 
 def overview(rows: Sequence[Row]) -> str:
-    lines = []
-    for op, of_op in tables.by_op(rows).items():
-        found = [best[1] for row in of_op if (best := fastest_peer(row))]
-        if found:
-            numbers = geometric_mean(found), min(found), max(found)
-            lines.append((f"`{op}`", str(len(found)), *map(tables.ratio, numbers)))
-    return table(("op", "cases", "geometric mean", "least", "most"), lines)
+    lines = [
+        (f"`{op}`", dtype, str(cases), *map(tables.ratio, numbers))
+        for op, dtype, cases, *numbers in tables.against_the_fastest(rows)
+    ]
+    return table(("op", "dtype", "cases", "geometric mean", "least", "most"), lines)
 
 
 def section(results: dict[str, Any], source: str) -> str:
@@ -155,7 +155,8 @@ def _words_on_serving(rows: Sequence[Row]) -> str:
 
 def page(files: Sequence[Path]) -> str:
     results = [json.loads(file.read_text()) for file in files]
-    parts = [INTRODUCTION.format(memory=results[0]["memory"])]
+    memory = textwrap.fill(results[0]["memory"], 94, subsequent_indent="  ", break_on_hyphens=False)
+    parts = [INTRODUCTION.format(memory=memory)]
     parts += [section(of, f"../benches/results/{file.name}") for of, file in zip(results, files, strict=True)]
     return "\n".join(parts)
 

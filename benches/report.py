@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benches import machine, plots, tables
-from benches.run import OURS, Row, fastest_peer, geometric_mean
+from benches.run import OURS, Row
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #15803d; --bad: #b91c1c; }
@@ -68,21 +68,13 @@ def _head(results: dict[str, Any]) -> str:
 
 
 def _overview(rows: Sequence[Row]) -> str:
-    lines = []
-    for op, of_op in tables.by_op(rows).items():
-        best = [found for row in of_op if row["varied"] is None and (found := fastest_peer(row))]
-        if best:
-            values = [value for _, value in best]
-            worst = min(values)
-            lines.append(
-                f"<tr><td><a href='#{op}'>{op}</a></td><td>{len(values)}</td>"
-                f"{_ratio_cell(geometric_mean(values))}{_ratio_cell(worst)}{_ratio_cell(max(values))}</tr>"
-            )
-    return (
-        "<h2>Against the fastest peer of each case</h2><table><thead><tr><th>op</th><th>cases</th>"
-        "<th>geometric mean</th><th>least</th><th>most</th></tr></thead><tbody>"
-        f"{''.join(lines)}</tbody></table>"
-    )
+    lines = [
+        f"<tr><td><a href='#{op}'>{op}</a></td><td>{dtype}</td><td>{cases}</td>"
+        f"{''.join(map(_ratio_cell, numbers))}</tr>"
+        for op, dtype, cases, *numbers in tables.against_the_fastest(rows)
+    ]
+    header = ("op", "dtype", "cases", "geometric mean", "least", "most")
+    return "<h2>Against the fastest peer of each case</h2>" + _table(header, lines)
 
 
 def _ratio_cell(value: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import log
 from typing import Any
 
-from benches.run import OURS, Row
+from benches.run import OURS, Row, fastest_peer, geometric_mean
 
 HEADER = ("case", "who", "time", "p10 – p90", "ratio", "GFLOP/s", "GB/s", "share", "memory")
 
@@ -65,6 +65,22 @@ def by_op(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(row["op"], []).append(row)
     return found
+
+
+Summary = tuple[str, str, int, float, float, float]
+
+
+def against_the_fastest(rows: Sequence[Row]) -> list[Summary]:
+    """Op, dtype, number of cases, and the fastest peers' ratios there: geometric mean, least, most.
+
+    Growth is left out: its cases are one size many times.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        best = fastest_peer(row)
+        if best is not None and row["varied"] is None:
+            found.setdefault((row["op"], row["dtype"]), []).append(best[1])
+    return [(*of, len(x), geometric_mean(x), min(x), max(x)) for of, x in found.items()]
 
 
 def reasons(rows: Sequence[Row]) -> dict[str, dict[str, int]]:

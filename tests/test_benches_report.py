@@ -32,6 +32,7 @@ def _row(case, ratio=None, *, varied=None, seconds=1e-3, more=None, wrong=None):
     return {
         "op": "op",
         "case": case,
+        "dtype": "fp32",
         "varied": varied,
         "reproduce": f"python -m benches --op op --case {case}",
         "bound": "matrix",
@@ -88,7 +89,7 @@ def test_page_of_the_documentation(results):
     text = performance.section(results, "x.json")
     assert "| `one` | 1 ms | 10 | 50% | 1 MiB | **2.00** |" in text
     assert "wrong: out: error 1" in text
-    assert "| `op` | 2 | 1.00 | 0.50 | 2.00 |" in text
+    assert "| `op` | fp32 | 2 | 1.00 | 0.50 | 2.00 |" in text
     assert "`g64`" not in text
 
 

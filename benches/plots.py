@@ -30,6 +30,11 @@ def _plain_numbers(value: float, _: int) -> str:
     return f"{value:g}"
 
 
+def _few_numbers(value: float, _: int) -> str:
+    """Between the powers of ten only 2 and 5, which do not run into each other."""
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
+
+
 def ratios(op: str, rows: Sequence[Row], path: Path) -> Path | None:
     """Beside each case a dot for each peer at its ratio, and a bar for ours at its share of the machine."""
     rows = [row for row in rows if OURS in row["results"]][::-1]  # first case on top
@@ -56,6 +61,7 @@ def ratios(op: str, rows: Sequence[Row], path: Path) -> Path | None:
         left.axvline(1.0, color="black", linewidth=1)
         left.set_xscale("log")
         left.xaxis.set_major_formatter(FuncFormatter(_plain_numbers))
+        left.xaxis.set_minor_formatter(FuncFormatter(_few_numbers))
         left.set_yticks(range(len(rows)), [row["case"] for row in rows])
         left.set_ylim(-0.7, len(rows) - 0.3)
         left.set_xlabel("peer's time / attnrec's (right of the line: attnrec is faster)")
@@ -120,6 +126,8 @@ def growth(found: dict[str, dict[str, list[tuple[int, float, float | None]]]], p
                 ax.set_xscale("log", base=2)
                 ax.set_yscale("log")
                 ax.xaxis.set_major_formatter(FuncFormatter(_plain_numbers))
+                ax.yaxis.set_major_formatter(FuncFormatter(_plain_numbers))
+                ax.yaxis.set_minor_formatter(FuncFormatter(_few_numbers))
                 if ax.get_legend_handles_labels()[0]:
                     ax.legend(fontsize=7)
         figure.savefig(path)

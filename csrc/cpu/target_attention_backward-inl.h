@@ -297,9 +297,9 @@ struct Backward {
       }
       for (int i = 0; a.key_bias && i < count; i += W) {
         Real* sum = grad_bias + (packed - whole.first_event) + begin + i;
-        typename V::Reg total = V::load(sum);
+        typename V::Reg total = V::zero();
         for (int r = 0; r < filled; r++) total = V::add(total, V::load(ds + r * kKeys + i));
-        V::store(sum, total);
+        V::store(sum, V::add(V::load(sum), total));
       }
     }
     filled = 0;

@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 
-EXTRAS   := recommender,tensorboard,bench,test,dev
+EXTRAS   := recommender,tensorboard,test,dev
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES  := $(CXX_CODE) $(wildcard build_backend/*.py)
 FOLDERS  := $(shell find csrc -type d)  # their times change when a file comes or goes

@@ -74,7 +74,7 @@ sanitize: env ## the ops' tests on kernels built with address and undefined-beha
 CXX_AARCH64   ?= aarch64-linux-gnu-g++
 AARCH64_FLAGS := -std=c++20 -O2 -ffp-contract=off -fvisibility=hidden -Wall -Werror -Wno-psabi -Icsrc
 AARCH64       := $(patsubst csrc/%.cpp,build/aarch64/%.o,$(shell find csrc/cpu -name '*.cpp'))
-build/aarch64/%.o: csrc/%.cpp $(CXX_CODE)
+build/aarch64/%.o: csrc/%.cpp $(CXX_CODE) | $(VENV)/tools
 	@mkdir -p $(dir $@)
 	$(CXX_AARCH64) $(AARCH64_FLAGS) -DTORCH_TARGET_VERSION=0x020b000000000000 \
 	  $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths as p; print(*["-isystem " + d for d in p()])') -c $< -o $@

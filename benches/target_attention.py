@@ -237,10 +237,11 @@ def _training() -> list[Case]:
     for shape in (CPU_TABLE[0], CPU_TABLE[1]):
         cases += _dense("train", "standard", shape, peers, train=True)
     events, candidates = log_normal(64, 120, 1.0, 2000), log_normal(64, 40, 0.8, 400, seed=1)
-    peers = JAGGED | {"jax": jax.attention} | ON_GPU
+    loops = {name: JAGGED[name] for name in ("sdpa-loop", "sdpa-padded")}
+    peers = loops | {"jax": jax.attention} | ON_GPU
     cases += _jagged("train-log-normal", "standard", candidates, events, 4, 32, peers, train=True)
     # Causal self-attention over histories, as a sequence encoder has it.
-    peers = {name: JAGGED[name] for name in ("sdpa-loop", "sdpa-padded")} | {"jax": jax.attention}
+    peers = loops | {"jax": jax.attention}
     histories = log_normal(64, 80, 0.7, 200)
     cases += _jagged("train-causal", "standard", histories, histories, 2, 32, peers, causal=True, train=True)
     return cases

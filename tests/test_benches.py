@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benches import compare, registry, tables
+from benches import compare, registry, run, tables
 from benches.__main__ import main
 from benches.case import Case, Contender, Counts, Refused
 from benches.case import compare as hold_against
@@ -151,6 +151,13 @@ def test_a_wrong_peer_has_no_speed_and_the_others_have():
     assert row["results"].keys() == {OURS, "good"}
     assert row["wrong"].keys() == {"wrong", "short"}
     assert row["refused"] == {"missing": "not installed", "broken": "RuntimeError: no kernel"}
+
+
+def test_a_peer_that_takes_too_long_is_not_timed(monkeypatch):
+    monkeypatch.setattr(run, "LONGEST_CALL", -1.0)
+    row = _run(_planted([1.0, 2.0, 3.0], slow=[1.0, 2.0, 3.0]))
+    assert row["results"].keys() == {OURS}
+    assert "a call takes more than" in row["refused"]["slow"]
 
 
 def test_the_command_fails_where_ours_is_wrong(monkeypatch, capsys):

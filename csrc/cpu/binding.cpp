@@ -1,12 +1,7 @@
 #include "cpu/binding.h"
 
-#include <cstring>
-#include <limits>
-
 namespace attnrec::cpu {
 namespace {
-
-std::atomic<bool> poison{false};
 
 const char* name_of(ScalarType dtype) { return torch::headeronly::toString(dtype); }
 
@@ -85,15 +80,8 @@ std::vector<int64_t> offsets_of(const char* op, const char* name, const Tensor& 
 }
 
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
-  Tensor tensor = torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-  if (poison.load(std::memory_order_relaxed)) {
-    const bool integer = tensor.scalar_type() == ScalarType::Long || tensor.scalar_type() == ScalarType::Int;
-    torch::stable::fill_(tensor, integer ? -0x7badbadb : std::numeric_limits<double>::quiet_NaN());
-  }
-  return tensor;
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
 }
-
-void poison_empty(bool on) { poison = on; }
 
 void* thread_scratch(int64_t bytes) {
   struct Free {
@@ -107,7 +95,6 @@ void* thread_scratch(int64_t bytes) {
     memory.reset(std::aligned_alloc(64, size));
     STD_TORCH_CHECK(memory, "attnrec: no memory for ", size, " bytes of scratch");
   }
-  if (poison.load(std::memory_order_relaxed)) std::memset(memory.get(), 0xff, size);  // NaN in every dtype
   return memory.get();
 }
 

@@ -47,10 +47,6 @@ std::vector<int64_t> offsets_of(const char* op, const char* name, const Tensor& 
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
                  std::optional<ScalarType> dtype = {});
 
-// Results that a kernel forgets to write become NaN (or a large negative integer) instead of what memory
-// held.
-void poison_empty(bool on);
-
 // fp32, or float64 beside float64: what sums, log-sum-exps and losses are kept in.
 inline ScalarType working_dtype(Element element) {
   return element == Element::kFloat64 ? ScalarType::Double : ScalarType::Float;

@@ -17,7 +17,6 @@ namespace attnrec::cpu {
 // says how many bytes of it such a unit needs.
 struct Kernels {
   const char* name;
-  int (*rows_of_a_block)();
   double (*probe_fma)(int64_t rounds, double* sink);  // the probes: see probes-inl.h
   double (*probe_read)(const void* memory, int64_t bytes, double* sink);
   double (*probe_exp2)(int64_t rounds, double* sink);

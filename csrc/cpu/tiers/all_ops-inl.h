@@ -16,7 +16,6 @@ namespace {
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
   return {name,
-          [] { return V::kRows; },
           probe_fma<V>,
           probe_read<V>,
           probe_exp2<V>,

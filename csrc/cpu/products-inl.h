@@ -1,0 +1,293 @@
+// What the streaming softmax is made of: scratch memory, packing, and the two products.
+#pragma once
+
+#include "cpu/tiers/prelude.h"
+
+namespace attnrec::cpu {
+namespace {
+
+constexpr int kMostHeadDim = 256;
+constexpr int kKeys = 128;           // events of a tile: rows x kKeys scores stay in L1
+constexpr int kPrefetchEvents = 32;  // ahead of packing; 4.5 -> 3.8 ms on 256 users with one candidate each
+constexpr int kChain = 64;           // products of a score in one chain
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Hands out pieces of a thread's scratch memory, each on a cache line of its own. With no memory it only
+// counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = memory_ ? memory_ + used_ : nullptr;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+template <class V>
+constexpr int padded(int head_dim) {
+  return (head_dim + V::kWidth - 1) / V::kWidth * V::kWidth;
+}
+
+// Calls function(pointer of the stored type). Float64 is only ever seen by the double tier, float32 by the
+// others.
+template <class V, class Function>
+ATTNREC_INLINE void with_element(Element element, const void* data, Function&& function) {
+  if (element == Element::kBFloat16) {
+    function(static_cast<const BFloat16*>(data));
+  } else if (element == Element::kFloat16) {
+    function(static_cast<const Half*>(data));
+  } else {
+    function(static_cast<const typename V::Real*>(data));
+  }
+}
+
+template <class V, class Stored>
+ATTNREC_INLINE typename V::Reg load_part(const Stored* p, int n) {
+  if (n >= V::kWidth) return V::load(p);
+  Stored part[V::kWidth] = {};
+  for (int i = 0; i < n; i++) part[i] = p[i];
+  return V::load(part);
+}
+
+// One vector of D elements, converted, times `factor`, to `row`, which is padded with zeros to whole
+// registers.
+template <class V>
+ATTNREC_INLINE void load_row(const void* data, Element element, int head_dim, typename V::Real factor,
+                             typename V::Real* row) {
+  with_element<V>(element, data, [&](auto* from) __attribute__((always_inline)) {
+    for (int d = 0; d < head_dim; d += V::kWidth) {
+      V::store(row + d, V::mul(load_part<V>(from + d, head_dim - d), V::set1(factor)));
+    }
+  });
+}
+
+template <class V>
+ATTNREC_INLINE void store_row(const typename V::Real* row, int head_dim, Element element, void* data) {
+  with_element<V>(element, data, [&](auto* typed) __attribute__((always_inline)) {
+    auto* to = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>*>(typed);
+    int d = 0;
+    for (; d + V::kWidth <= head_dim; d += V::kWidth) V::store(to + d, V::load(row + d));
+    if (d < head_dim) {
+      std::remove_reference_t<decltype(*to)> part[V::kWidth];
+      V::store(part, V::load(row + d));
+      for (int i = 0; d + i < head_dim; i++) to[d + i] = part[i];
+    }
+  });
+}
+
+// Events 0 … n of `from` (row stride in elements) into panels of 2 registers of events: panel[d][event].
+// Events from n to the end of the last panel, and those with hide[event] = -inf, become zeros: nothing of
+// them is computed with.
+template <class V>
+void pack_panels(const void* data, Element element, int64_t stride, int n, int head_dim,
+                 const typename V::Real* hide, typename V::Real* panels) {
+  constexpr int W = V::kWidth;
+  with_element<V>(element, data, [&](auto* from) __attribute__((always_inline)) {
+    for (int event = 0; event < round_up(n, 2 * W); event += W) {
+      typename V::Real* to =
+          panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * head_dim + event % (2 * W);
+      for (int d = 0; d < head_dim; d += W) {
+        typename V::Reg r[W];
+        for (int i = 0; i < W; i++) __builtin_prefetch(from + (event + i + kPrefetchEvents) * stride + d);
+        for (int i = 0; i < W; i++) {
+          const bool seen =
+              event + i < n && !(hide && hide[event + i] == -std::numeric_limits<float>::infinity());
+          r[i] = seen ? load_part<V>(from + (event + i) * stride + d, head_dim - d) : V::zero();
+        }
+        V::transpose(r);
+        for (int i = 0; i < W && d + i < head_dim; i++) V::store(to + (d + i) * 2 * W, r[i]);
+      }
+    }
+  });
+}
+
+// Rows of events 0 … n as working numbers, in place where they can be read so (the returned pointer and
+// stride), else copied to `copy`, which has room for n rows of padded D.
+template <class V>
+const typename V::Real* event_rows(const void* data, Element element, int64_t stride, int n, int head_dim,
+                                   const typename V::Real* hide, bool copy_anyway, typename V::Real* copy,
+                                   int64_t* row_stride) {
+  const bool native = element == Element::kFloat32 || element == Element::kFloat64;
+  if (native && !hide && !copy_anyway && head_dim % V::kWidth == 0) {
+    *row_stride = stride;
+    const auto* rows = static_cast<const typename V::Real*>(data);
+    for (int i = 0; i < n; i++) {
+      for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*rows)))
+        __builtin_prefetch(rows + i * stride + d);
+    }
+    return rows;
+  }
+  const int width = padded<V>(head_dim);
+  *row_stride = width;
+  for (int i = 0; i < n; i++) {
+    typename V::Real* row = copy + static_cast<int64_t>(i) * width;
+    if (hide && hide[i] == -std::numeric_limits<float>::infinity()) {
+      for (int d = 0; d < width; d += V::kWidth) V::store(row + d, V::zero());
+    } else {
+      load_row<V>(static_cast<const char*>(data) + i * stride * element_bytes(element), element, head_dim, 1,
+                  row);
+    }
+  }
+  return copy;
+}
+
+// scores[r][event] = Σ_d rows[d][r] · panel[d][event] for M rows and the events of `panels` panels.
+template <class V, int M>
+void score_block(const typename V::Real* rows, const typename V::Real* panel, int panels, int head_dim,
+                 typename V::Real* scores) {
+  constexpr int W = V::kWidth;
+  for (int p = 0; p < panels; p++, panel += static_cast<int64_t>(2 * W) * head_dim, scores += 2 * W) {
+    // Chains of at most kChain products, added up: with D = 256 in one chain the error was 3 times a GEMM's.
+    for (int begin = 0; begin < head_dim; begin += kChain) {
+      typename V::Reg sum[M][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = V::zero();
+      const int end = head_dim - begin < kChain ? head_dim : begin + kChain;
+#pragma GCC unroll 4
+      for (int d = begin; d < end; d++) {
+        const typename V::Reg k0 = V::load(panel + d * 2 * W), k1 = V::load(panel + d * 2 * W + W);
+#pragma GCC unroll 8
+        for (int r = 0; r < M; r++) {
+          const typename V::Reg q = V::set1(rows[d * V::kRows + r]);
+          sum[r][0] = V::fma(q, k0, sum[r][0]);
+          sum[r][1] = V::fma(q, k1, sum[r][1]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) {
+        typename V::Real* to = scores + r * kKeys;
+        V::store(to, begin ? V::add(V::load(to), sum[r][0]) : sum[r][0]);
+        V::store(to + W, begin ? V::add(V::load(to + W), sum[r][1]) : sum[r][1]);
+      }
+    }
+  }
+}
+
+// out[r][:] += Σ_i factor[r * factor_row + i * factor_step] · values[i][:], i in order, for M rows of `width`
+// numbers: summed apart and then added, or as one chain with what `out` has. Sums over thousands of events
+// are made of parts, so that their rounding errors stay those of short sums (a chain of 4096 has 4 times
+// plain PyTorch's error).
+template <class V, int M, bool kApart = true>
+void accumulate_block(const typename V::Real* factor, int factor_row, int factor_step,
+                      const typename V::Real* values, int64_t value_stride, int n, int width,
+                      typename V::Real* out, int64_t out_stride) {
+  using Real = typename V::Real;
+  constexpr int W = V::kWidth;
+  int d = 0;
+  for (; d + 2 * W <= width; d += 2 * W) {
+    typename V::Reg sum[M][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      sum[r][0] = kApart ? V::zero() : V::load(out + r * out_stride + d);
+      sum[r][1] = kApart ? V::zero() : V::load(out + r * out_stride + d + W);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < n; i++) {
+      const typename V::Reg v0 = V::load(values + i * value_stride + d);
+      const typename V::Reg v1 = V::load(values + i * value_stride + d + W);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) {
+        const typename V::Reg f = V::set1(factor[r * factor_row + i * factor_step]);
+        sum[r][0] = V::fma(f, v0, sum[r][0]);
+        sum[r][1] = V::fma(f, v1, sum[r][1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      Real* to = out + r * out_stride + d;
+      V::store(to, kApart ? V::add(V::load(to), sum[r][0]) : sum[r][0]);
+      V::store(to + W, kApart ? V::add(V::load(to + W), sum[r][1]) : sum[r][1]);
+    }
+  }
+  if (d < width) {
+    typename V::Reg sum[M];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) sum[r] = kApart ? V::zero() : V::load(out + r * out_stride + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i++) {
+      const typename V::Reg v = V::load(values + i * value_stride + d);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++)
+        sum[r] = V::fma(V::set1(factor[r * factor_row + i * factor_step]), v, sum[r]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      Real* to = out + r * out_stride + d;
+      V::store(to, kApart ? V::add(V::load(to), sum[r]) : sum[r]);
+    }
+  }
+}
+
+// Turns a run-time number of rows (1 … V::kRows) into the template's.
+template <class V, int M = V::kRows, class... Arguments>
+ATTNREC_INLINE void scores(int rows, Arguments... arguments) {
+  if constexpr (M > 1) {
+    if (rows < M) return scores<V, M - 1>(rows, arguments...);
+  }
+  score_block<V, M>(arguments...);
+}
+
+template <class V, bool kApart = true, int M = V::kRows, class... Arguments>
+ATTNREC_INLINE void accumulate(int rows, Arguments... arguments) {
+  if constexpr (M > 1) {
+    if (rows < M) return accumulate<V, kApart, M - 1>(rows, arguments...);
+  }
+  accumulate_block<V, M, kApart>(arguments...);
+}
+
+// `accumulate` of a tile for rows that see different numbers of its events: what all see together, the rest
+// row by row. A row's sum is the same chain either way.
+template <class V>
+void accumulate_seen(int rows, const int* seen, const typename V::Real* factor,
+                     const typename V::Real* values, int64_t value_stride, int width, typename V::Real* out,
+                     int64_t out_stride) {
+  int fewest = seen[0], most = seen[0];
+  for (int r = 1; r < rows; r++) {
+    fewest = seen[r] < fewest ? seen[r] : fewest;
+    most = seen[r] > most ? seen[r] : most;
+  }
+  if (fewest == most) {
+    if (most > 0) accumulate<V>(rows, factor, kKeys, 1, values, value_stride, most, width, out, out_stride);
+    return;
+  }
+  typename V::Real sums[V::kRows * kMostHeadDim];
+  for (int i = 0; i < rows * width; i += V::kWidth) V::store(sums + i, V::zero());
+  if (fewest > 0) {
+    accumulate<V, false>(rows, factor, kKeys, 1, values, value_stride, fewest, width, sums, int64_t{width});
+  }
+  for (int r = 0; r < rows; r++) {
+    if (seen[r] == 0) continue;
+    typename V::Real *sum = sums + r * width, *to = out + r * out_stride;
+    accumulate_block<V, 1, false>(factor + r * kKeys + fewest, kKeys, 1, values + fewest * value_stride,
+                                  value_stride, seen[r] - fewest, width, sum, width);
+    for (int d = 0; d < width; d += V::kWidth) V::store(to + d, V::add(V::load(to + d), V::load(sum + d)));
+  }
+}
+
+// M rows of working numbers as rows[d][r], the layout that `scores` reads.
+template <class V>
+ATTNREC_INLINE void interleave_row(const typename V::Real* row, int head_dim, int r, typename V::Real* rows) {
+  for (int d = 0; d < head_dim; d++) rows[d * V::kRows + r] = row[d];
+}
+
+// Σ_d a[d]·b[d] of two padded rows, the order that self slots use.
+template <class V>
+ATTNREC_INLINE typename V::Real dot(const typename V::Real* a, const typename V::Real* b, int width) {
+  typename V::Reg sum = V::zero();
+  for (int d = 0; d < width; d += V::kWidth) sum = V::fma(V::load(a + d), V::load(b + d), sum);
+  return V::sum(sum);
+}
+
+}  // namespace
+}  // namespace attnrec::cpu

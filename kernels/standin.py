@@ -1,8 +1,8 @@
 """A stand-in for Triton's CUDA driver, for machines without a GPU.
 
-While one is active, `kernel[grid](...)` on CPU tensors is specialised and compiled for the driver's architecture
-exactly as on a GPU, and the launch is handed to a Python function: the ahead-of-time compiler counts it
-(`aot.py`), the tests' emulator executes its PTX.
+While one is active, `kernel[grid](...)` on CPU tensors is specialised and compiled for the driver's
+architecture exactly as on a GPU, and the launch is handed to a Python function: the ahead-of-time compiler
+(`aot.py`) looks at what was compiled, the tests' emulator executes its PTX.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from . import launch
-
 
 # The most shared memory that a block may have, in bytes (CUDA programming guide, technical specifications).
 MAX_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -103,7 +102,7 @@ class StandInDriver:
 @contextmanager
 def stand_in(arch: int, launch_: Callable[[Launched], None]) -> Iterator[StandInDriver]:
     """Makes a stand-in for `arch` the active driver, under which the kernels' host code takes CPU tensors."""
-    hook, allowed = knobs.runtime.kernel_load_start_hook, launch.cpu_tensors_allowed
+    before, hook, allowed = driver._active, knobs.runtime.kernel_load_start_hook, launch.cpu_tensors_allowed
     stand_in_driver = StandInDriver(arch, launch_)
     driver.set_active(stand_in_driver)
     knobs.runtime.kernel_load_start_hook = stand_in_driver.remember_files
@@ -111,5 +110,5 @@ def stand_in(arch: int, launch_: Callable[[Launched], None]) -> Iterator[StandIn
     try:
         yield stand_in_driver
     finally:
-        driver.reset_active()
+        driver.set_active(before)  # `reset_active` would look for a GPU
         knobs.runtime.kernel_load_start_hook, launch.cpu_tensors_allowed = hook, allowed

@@ -121,6 +121,7 @@ os.environ.update(plan.environment)
 setup(
     packages=[*find_packages(include=["attnrec", "attnrec.*"]), "attnrec.kernels"],
     package_dir={"attnrec.kernels": "kernels"},
+    package_data={"attnrec.kernels": ["tables/*.json"]},
     ext_modules=[extension()],
     cmdclass={"build_ext": torch_build_ext() if torch else BuildWithoutTorch},
 )

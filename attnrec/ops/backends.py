@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
+from attnrec import kernels
 from attnrec._extension import extension, reason
 from attnrec.ops import checks
-from attnrec.ops.op import Arguments, Op, device_of
+from attnrec.ops.op import Arguments, Op, device_of, is_differentiated
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Call:
 
 
 class Backend(Protocol):
+    """Both are asked about calls whose arguments have passed the op's checks."""
+
     name: str
 
     def supports(self, call: Call) -> str | None:
@@ -43,7 +47,7 @@ class Backend(Protocol):
 
 
 class Reference:
-    """Plain PyTorch: attnrec/reference.py, after all checks."""
+    """Plain PyTorch: attnrec/reference.py."""
 
     name = "reference"
 
@@ -51,7 +55,6 @@ class Reference:
         return None
 
     def run(self, call: Call) -> Any:
-        call.op.check(checks.reads_values(call.device), **call.arguments)
         return call.op.reference(**call.arguments)
 
 
@@ -77,6 +80,37 @@ class Cpu:
         return getattr(torch.ops.attnrec, call.op.name)(*args, **kwargs)
 
 
+class Triton:
+    """The kernels of kernels/, installed as `attnrec.kernels`; a call that asks for one imports Triton."""
+
+    name = "triton"
+
+    def supports(self, call: Call) -> str | None:
+        op, device = call.op.name, call.device
+        why_not = kernels.why_not(device)
+        if why_not is not None:
+            return why_not
+        if op not in kernels.MODULES:
+            return f"there is no Triton kernel of {op}"
+        if device.type == "cpu" and _forced is not self:
+            # TRITON_INTERPRET=1 may be set for somebody else's kernels, and C++ is a thousand times faster.
+            return "CPU tensors are interpreted only where this backend is forced"
+        tensors = [x for x in call.arguments.values() if isinstance(x, Tensor)]
+        if any(x.dtype == torch.float64 for x in tensors):
+            return "Triton kernels take float32, bfloat16 and float16, not float64"
+        if extension is None and is_differentiated(*tensors):
+            return f"without the extension, gradients are the reference's ({reason})"
+        return kernels.why_not_these(op, call.arguments)
+
+    def run(self, call: Call) -> Any:
+        function = kernels.kernel(call.op.name)
+        if call.device.type != "cuda":
+            return function(**call.arguments)
+        # Triton launches on the current device, which need not be the tensors' own.
+        with torch.cuda.device(call.device):
+            return function(**call.arguments)
+
+
 @dataclass(frozen=True)
 class NotThere:
     """A backend that this build or version does not have."""
@@ -97,14 +131,9 @@ def _why_no_cuda() -> str:
     return extension.build["why_no_cuda"] or "this version has no CUDA kernels"
 
 
-# Triton kernels (kernels/) and CUDA kernels (csrc/cuda) take the places of these two when they come.
+# CUDA kernels (csrc/cuda) take the place of the first when they come.
 CPU = Cpu()
-BACKENDS: tuple[Backend, ...] = (
-    NotThere("cuda", _why_no_cuda),
-    NotThere("triton", lambda: "this version has no Triton kernels"),
-    CPU,
-    Reference(),
-)
+BACKENDS: tuple[Backend, ...] = (NotThere("cuda", _why_no_cuda), Triton(), CPU, Reference())
 
 _forced: Backend | None = None
 
@@ -124,6 +153,12 @@ def choose(call: Call) -> Backend:
             raise RuntimeError(f"the backend {_forced.name} can't serve {call.op.name}: {why_not}")
         return _forced
     return next(backend for backend in BACKENDS if backend.supports(call) is None)
+
+
+def serve(call: Call) -> Any:
+    """Checks the arguments and runs the call on the backend that is chosen for it."""
+    call.op.check(checks.reads_values(call.device), **call.arguments)
+    return choose(call).run(call)
 
 
 class use_backend:  # a function to its user, which may also stand in a `with`
@@ -182,7 +217,8 @@ class Explanation:
 
 
 def explanation(call: Call) -> Explanation:
-    """What `choose` does with the call, and why."""
+    """What `choose` does with the call, and why; bad shapes, dtypes and devices raise as in a call."""
+    call.op.check(False, **call.arguments)
     reasons = {b.name: why for b in BACKENDS if (why := b.supports(call)) is not None}
     if _forced is not None:
         able = None if _forced.name in reasons else _forced.name

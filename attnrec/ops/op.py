@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 Arguments = dict[str, Any]
@@ -78,6 +79,13 @@ def under_autocast(op: Op, arguments: Arguments) -> Arguments:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of log-sum-exp, losses and scores."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_differentiated(*values: Any) -> bool:
+    """Whether autograd, in either direction, would record a call with these arguments."""
+    # `requires_grad` does not tell of forward mode's tangents, which would vanish unless it is recorded.
+    requires_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
+    return requires_grad or forward_ad._current_level >= 0
 
 
 def casts(*names: str) -> Callable[[Arguments, torch.dtype], Arguments]:

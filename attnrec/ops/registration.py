@@ -21,7 +21,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd.function import _SingleLevelFunction
 
 from attnrec.ops import backends
-from attnrec.ops.op import Op, under_autocast
+from attnrec.ops.op import Op, is_differentiated, under_autocast
 
 _AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -89,12 +89,6 @@ def _refusal(op: Op) -> str:
     return f"attnrec::{op.name} is forward only: call it under torch.no_grad() or detach its result"
 
 
-def _is_differentiated(*values: Any) -> bool:
-    # `requires_grad` does not tell of forward mode's tangents, which would vanish unless it is recorded.
-    requires_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*values)
-    return requires_grad or forward_ad._current_level >= 0
-
-
 def _record(op: Op, compute: Callable[..., Any], values: tuple[Any, ...]) -> Any:
     if torch._C._are_functorch_transforms_active():
         with enable_single_level_autograd_function():
@@ -107,7 +101,7 @@ def _autograd_kernel(op: Op, overload: torch._ops.OpOverload) -> Callable[..., A
     after = torch._C._after_autograd_keyset
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
-        if not _is_differentiated(*args, *kwargs.values()):
+        if not is_differentiated(*args, *kwargs.values()):
             return overload.redispatch(keyset & after, *args, **kwargs)
 
         def compute(*values: Any) -> Any:
@@ -143,8 +137,7 @@ def _autocast_kernel(op: Op, overload: torch._ops.OpOverload, device_type: str) 
 
 def _choosing_kernel(op: Op) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        call = backends.Call(op, op.bind(args, kwargs))
-        return backends.choose(call).run(call)
+        return backends.serve(backends.Call(op, op.bind(args, kwargs)))
 
     return kernel
 
@@ -189,12 +182,11 @@ def without_dispatcher(op: Op) -> Callable[..., Any]:
 
     def function(*args: Any, **kwargs: Any) -> Any:
         def compute(*values: Any) -> Any:
-            call = backends.Call(op, dict(zip(op.names, values, strict=True)))
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-                return backends.choose(call).run(call)
+                return backends.serve(backends.Call(op, dict(zip(op.names, values, strict=True))))
 
         values = tuple(under_autocast(op, op.bind(args, kwargs)).values())
-        refuses = op.gradient is None and _is_differentiated(*values)
+        refuses = op.gradient is None and is_differentiated(*values)
         return _record(op, compute, values) if refuses else compute(*values)
 
     return function

@@ -1,14 +1,21 @@
 """attnrec: the attention of recommender models, fast."""
 
-from attnrec.functional import (
+from pathlib import Path
+
+# An install puts the kernels into this package; in a source tree that is not installed they lie beside it.
+_tree = Path(__file__).resolve().parent.parent
+if (_tree / "csrc" / "library.cpp").exists():
+    __path__.append(str(_tree))
+
+from attnrec.functional import (  # noqa: E402
     catalog_cross_entropy,
     catalog_topk,
     softmax_score,
     target_attention,
     target_attention_weights,
 )
-from attnrec.nn import FusedMultiHeadAttention, swap_attention
-from attnrec.ops import debug, explain, use_backend
+from attnrec.nn import FusedMultiHeadAttention, swap_attention  # noqa: E402
+from attnrec.ops import debug, explain, use_backend  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -15,6 +15,7 @@ from attnrec import info
 from attnrec._extension import PACKAGE, extension
 from attnrec.ops.backends import BACKENDS
 
+ROOT = PACKAGE.parent
 needs_extension = pytest.mark.skipif(extension is None, reason="attnrec._C is not built")
 TIERS = ["baseline", "avx2", "avx512"]
 CPUINFO_FLAGS = {
@@ -164,6 +165,21 @@ def test_without_extension_info_says_why(without_extension):
     assert sections["build"]["extension"].startswith("none: ")
     assert sections["backends"]["cpu"].startswith("off: ")
     assert sections["backends"]["reference"] == "live"
+
+
+def test_a_source_tree_that_is_not_installed_has_the_kernels(without_extension, tmp_path):
+    for folder in ("attnrec", "kernels"):
+        shutil.copytree((without_extension if folder == "attnrec" else ROOT) / folder, tmp_path / folder)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "library.cpp").touch()
+    code = (
+        "import sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
+        "import attnrec, attnrec.kernels\n"
+        "print(attnrec.kernels.__file__)"
+    )
+    done = python(code, cwd=tmp_path)
+    assert done.stdout.strip() == str(tmp_path / "kernels" / "__init__.py"), done.stderr
 
 
 def test_import_without_optional_packages(without_extension):

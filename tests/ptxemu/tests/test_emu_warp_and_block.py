@@ -1,0 +1,826 @@
+"""Instructions in which lanes, warps or threads work together, and memory instructions."""
+
+# ruff: noqa: E501 (PTX stands on long lines)
+
+import numpy as np
+import pytest
+import torch
+from emu_util import bf16, bf16_value, run_body
+from ptxemu import PtxError, launch_ptx
+
+rng = np.random.default_rng(3)
+HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n"
+T = np.arange(64)
+
+
+def u32(n=64):
+    return rng.integers(0, 2**32, n, dtype=np.uint32)
+
+
+# ---------------------------------------------------------------- shuffle, vote, match, redux
+
+
+def shuffle(mode, x, b, c):
+    """The definition, lane by lane."""
+    out, ok = np.empty_like(x), np.empty(len(x), bool)
+    for i in range(len(x)):
+        lane, base = i % 32, i // 32 * 32
+        bb, cc = int(b[i]) & 31, int(c[i])
+        seg, clamp = cc >> 8 & 31, cc & 31
+        top, bottom = (lane & seg) | (clamp & ~seg & 31), lane & seg
+        j, p = {
+            "up": (lane - bb, lane - bb >= top),
+            "down": (lane + bb, lane + bb <= top),
+            "bfly": (lane ^ bb, (lane ^ bb) <= top),
+            "idx": (bottom | (bb & ~seg & 31), (bottom | (bb & ~seg & 31)) <= top),
+        }[mode]
+        ok[i] = p
+        out[i] = x[base + (j if p else lane)]
+    return out, ok
+
+
+@pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
+def test_shfl(mode):
+    x, b = u32(), rng.integers(0, 40, 64, dtype=np.uint32)
+    for c in (
+        0x1F if mode != "up" else 0,
+        (16 << 8) | (31 if mode != "up" else 0),
+        (28 << 8) | (3 if mode != "up" else 0),
+        (24 << 8) | 5,
+    ):
+        got = run_body(
+            f"shfl.sync.{mode}.b32 o0|p, i0, i1, {c}, -1; selp.b32 o1, 1, 0, p;",
+            [("u32", x), ("u32", b)],
+            [("u32", np.uint32)] * 2,
+        )
+        want, ok = shuffle(mode, x, b, np.full(64, c))
+        assert (got[0] == want).all()
+        assert (got[1] == ok).all()
+        k = 5  # the same with immediates
+        got = run_body(
+            f"shfl.sync.{mode}.b32 o0, i0, {k}, {c}, 0xffffffff;", [("u32", x)], [("u32", np.uint32)]
+        )
+        assert (got == shuffle(mode, x, np.full(64, k), np.full(64, c))[0]).all()
+
+
+def test_shfl_of_a_non_member_is_undefined_not_plausible():
+    x = np.arange(64, dtype=np.uint32)
+    got = run_body(
+        "mov.u32 t0, %laneid; setp.lt.u32 p, t0, 16; mov.u32 o0, 0; @!p bra L; shfl.sync.down.b32 o0, i0, 8, 31, 0xffff; L:",
+        [("u32", x)],
+        [("u32", np.uint32)],
+    ).reshape(2, 32)
+    assert (got[:, :8] == x.reshape(2, 32)[:, 8:16]).all()
+    assert (got[:, 8:16] == 0x7FFFDEAD).all()
+    assert (got[:, 16:] == 0).all()
+
+
+def test_lanes_that_part_meet_again_at_a_shuffle():
+    """The two halves of a warp come to one shfl by different ways; it must wait for both."""
+    got = run_body(
+        """
+        mov.u32 t0, %laneid; setp.lt.u32 p, t0, 16; mov.u32 t1, 0;
+        @p bra A;
+        mov.u32 t2, 0;
+     B: add.u32 t2, t2, 1; setp.lt.u32 q, t2, t0; @q bra B;
+        mov.u32 t1, 1000;
+     A: add.u32 t1, t1, t0;
+        shfl.sync.bfly.b32 o0, t1, 16, 31, -1;""",
+        [("u32", np.zeros(64, np.uint32))],
+        [("u32", np.uint32)],
+    ).reshape(2, 32)
+    lane = np.arange(32)
+    mine = lane + np.where(lane < 16, 0, 1000)
+    assert (got == mine[lane ^ 16]).all()
+
+
+def test_one_warp_whole_and_one_parted_at_the_same_shuffle():
+    """Warp 0 comes to the shuffles in two parts, one by code that lies behind them; warp 1 goes ahead."""
+    got = run_body(
+        """
+        mov.u32 t0, %tid.x; mov.u32 t1, 0; setp.lt.u32 p, t0, 7; @p bra FAR;
+     A: add.u32 t1, t1, t0; shfl.sync.bfly.b32 o0, t1, 1, 31, -1; vote.sync.ballot.b32 o1, p, -1; mov.u32 o2, %clock; bra X;
+     FAR: mov.u32 t2, 0;
+     B: add.u32 t2, t2, 1; setp.le.u32 q, t2, t0; @q bra B;
+        mov.u32 t1, 500; bra A;
+     X:""",
+        [("u32", np.zeros(64, np.uint32))],
+        [("u32", np.uint32)] * 3,
+    )
+    mine = T + np.where(T < 7, 500, 0)
+    assert (got[0] == mine[T ^ 1]).all()
+    assert (got[1] == np.where(T < 32, 127, 0)).all()
+    assert (got[2][32:] < got[2][:32].min()).all()  # warp 1 did not wait
+
+
+def test_ldmatrix_and_mma_while_another_warp_is_away():
+    """The same for matrix instructions: the result is that of warps that come together."""
+
+    def run(parted):
+        body = f"""
+            .shared .align 16 .b8 m[2048]; .reg .b32 x<4>, d<4>; .reg .pred first;
+            mov.u32 t0, m; mad.lo.u32 t0, tid, 16, t0; st.shared.v4.b32 [t0], {{i0, i0, i1, i1}}; bar.sync 0;
+            setp.lt.u32 first, tid, {parted}; mov.u32 t1, 0; @first bra FAR;
+         A: ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{x0, x1, x2, x3}}, [t0];
+            mov.b32 d0, i1; mov.b32 d1, i1; mov.b32 d2, i1; mov.b32 d3, i1;
+            mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {{d0, d1, d2, d3}}, {{x0, x1, x2, x3}}, {{i0, i1}}, {{d0, d1, d2, d3}};
+            mov.b32 o0, x3; mov.b32 o1, d0; mov.b32 o2, d3; bra X;
+         FAR: add.u32 t1, t1, 1; setp.lt.u32 q, t1, tid; @q bra FAR; bra A;
+         X:"""
+        r = np.random.default_rng(0)
+        h = [r.standard_normal(256).astype(np.float16).view(np.uint32) for _ in range(2)]
+        return run_body(body, [("b32", h[0]), ("b32", h[1])], [("b32", np.uint32)] * 3)
+
+    together = run(0)
+    for parted in (1, 20, 32, 40, 128):
+        assert all((x == y).all() for x, y in zip(run(parted), together, strict=True))
+
+
+def test_a_warp_goes_on_when_the_missing_lanes_have_exited():
+    for schedule in ("lockstep", "random"):
+        got = run_body(
+            """
+            mov.u32 t0, %laneid; mov.u32 o0, 1; setp.ge.u32 p, t0, 24; mov.u32 t1, 0; @p bra L;
+            redux.sync.add.u32 o0, t0, -1; bra X;
+         L: add.u32 t1, t1, 1; setp.lt.u32 q, t1, 9; @q bra L;
+            st.global.u32 [a1], t1; exit;
+         X:""",
+            [("u32", np.zeros(64, np.uint32))],
+            [("u32", np.uint32)],
+            schedule=schedule,
+        ).reshape(2, 32)
+        assert (got[:, :24] == 24 * 23 // 2).all()
+        assert (got[:, 24:] == 9).all()
+
+
+def test_vote_and_match_and_redux():
+    x = rng.integers(0, 4, 64, dtype=np.uint32)
+    x[32:] = 2
+    got = run_body(
+        "setp.eq.u32 p, i0, 2; vote.sync.ballot.b32 o0, p, -1; vote.sync.any.pred q, p, -1; selp.b32 o1,1,0,q; vote.sync.all.pred q, p, -1; selp.b32 o2,1,0,q;"
+        "vote.sync.uni.pred q, p, -1; selp.b32 o3,1,0,q; match.any.sync.b32 o4, i0, -1; match.all.sync.b32 o5|q, i0, -1; selp.b32 o6,1,0,q; activemask.b32 o7;"
+        "redux.sync.add.u32 o8, i0, -1; redux.sync.max.u32 o9, i0, -1; redux.sync.min.s32 o10, i0, -1; redux.sync.xor.b32 o11, i0, -1; redux.sync.and.b32 o12, i0, -1;",
+        [("u32", x)],
+        [("u32", np.uint32)] * 13,
+    )
+    for w in range(2):
+        v = x[32 * w : 32 * w + 32]
+        s = slice(32 * w, 32 * w + 32)
+
+        def bits(b):
+            return sum(int(y) << i for i, y in enumerate(b))
+
+        want = [bits(v == 2), (v == 2).any(), (v == 2).all(), (v == 2).all() or not (v == 2).any()]
+        for g, y in zip(got[:4], want, strict=True):
+            assert (g[s] == y).all()
+        assert (got[4][s] == [bits(v == y) for y in v]).all()
+        all_same = (v == v[0]).all()
+        assert (got[5][s] == (0xFFFFFFFF if all_same else 0)).all()
+        assert (got[6][s] == all_same).all()
+        assert (got[7][s] == 0xFFFFFFFF).all()
+        for k, f in (
+            (8, np.add),
+            (9, np.maximum),
+            (10, np.minimum),
+            (11, np.bitwise_xor),
+            (12, np.bitwise_and),
+        ):
+            assert (got[k][s] == f.reduce(v)).all()
+
+
+def test_partial_member_mask():
+    x = rng.integers(0, 1000, 64, dtype=np.uint32)
+    got = run_body(
+        "mov.u32 t0, %laneid; and.b32 t1, t0, 1; setp.eq.u32 p, t1, 0; mov.u32 o0, 0; mov.u32 o1, 0;"
+        "@p bra E; redux.sync.add.u32 o0, i0, 0xAAAAAAAA; setp.gt.u32 q, i0, 500; vote.sync.ballot.b32 o1, q, 0xAAAAAAAA; bra X;"
+        "E: redux.sync.add.u32 o0, i0, 0x55555555; activemask.b32 o1; X:",
+        [("u32", x)],
+        [("u32", np.uint32)] * 2,
+    )
+    for w in range(2):
+        v = x[32 * w : 32 * w + 32]
+        assert (got[0][32 * w : 32 * w + 32 : 2] == v[::2].sum()).all()
+        assert (got[0][32 * w + 1 : 32 * w + 32 : 2] == v[1::2].sum()).all()
+        assert (got[1][32 * w : 32 * w + 32 : 2] == 0x55555555).all()
+        assert (
+            got[1][32 * w + 1 : 32 * w + 32 : 2] == sum(1 << i for i in range(1, 32, 2) if v[i] > 500)
+        ).all()
+
+
+# ---------------------------------------------------------------- barriers
+
+
+def test_bar_red():
+    x = (rng.random(128) < 0.3).astype(np.uint32)
+    for schedule in ("lockstep", "random"):
+        got = run_body(
+            "setp.ne.u32 p, i0, 0; barrier.cta.red.aligned.popc.u32 o0, 0, p; bar.red.or.pred q, 0, p; selp.b32 o1,1,0,q; bar.red.and.pred q, 0, !p; selp.b32 o2,1,0,q;"
+            "mov.pred p, 0; bar.red.and.pred q, 0, !p; selp.b32 o3,1,0,q;",
+            [("u32", x)],
+            [("u32", np.uint32)] * 4,
+            schedule=schedule,
+        )
+        assert (got[0] == x.sum()).all()
+        assert (got[1] == 1).all()
+        assert (got[2] == 0).all()
+        assert (got[3] == 1).all()
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "random"])
+def test_named_barriers_between_producer_and_consumer_warps(schedule):
+    ptx = (
+        HEAD
+        + """
+    .visible .entry k(.param .u64 P0, .param .u64 P1) {
+      .reg .pred p; .reg .b32 t, w, s, v; .reg .b64 a, b;
+      .shared .align 4 .b8 buf[128];
+      mov.u32 t, %tid.x; shr.u32 w, t, 5; and.b32 s, t, 31;
+      ld.param.u64 a, [P0]; ld.param.u64 b, [P1];
+      setp.eq.u32 p, w, 0; @p bra PRODUCER;
+      bar.sync 1, 64;
+      xor.b32 s, s, 31; shl.b32 s, s, 2; mov.u32 v, buf; add.u32 s, s, v; ld.shared.u32 v, [s];
+      mad.wide.u32 b, t, 4, b; st.global.u32 [b+-128], v; ret;
+    PRODUCER:
+      mad.wide.u32 a, t, 4, a; ld.global.u32 v, [a];
+      shl.b32 s, s, 2; mov.u32 w, buf; add.u32 s, s, w; st.shared.u32 [s], v;
+      bar.arrive 1, 64; ret;
+    }"""
+    )
+    for seed in range(4):
+        x, o = u32(32), np.zeros(32, np.uint32)
+        launch_ptx(ptx, "k", 1, 64, [x, o], schedule=schedule, seed=seed)
+        assert (o == x[::-1]).all()
+
+
+def test_blocks_that_end_early_leave_the_others_right():
+    """40 blocks of 64 threads, of which three in four end at once (so that their lanes are dropped from the group)
+    while a cp.async of all is outstanding; the others, block b, go round (7 b) % 40 times, with barriers, shared and
+    local memory."""
+    ptx = (
+        HEAD
+        + """
+    .visible .entry k(.param .u64 P0, .param .u64 P1) {
+      .reg .pred p; .reg .b32 t, b, n, i, s, v, w, sum; .reg .b64 a, c, l;
+      .shared .align 16 .b8 sh[512]; .local .align 4 .b8 loc[64];
+      mov.u32 t, %tid.x; mov.u32 b, %ctaid.x; mul.lo.u32 n, b, 7; rem.u32 n, n, 40; mov.u32 i, 0; mov.u32 sum, 0; mov.u64 l, loc; st.local.u32 [l+16], b;
+      mov.u32 s, sh; mad.lo.u32 s, t, 4, s; ld.param.u64 a, [P0]; mad.wide.u32 a, t, 4, a;
+      st.shared.u32 [s], b;
+      cp.async.ca.shared.global [s+256], [a], 4; cp.async.commit_group;
+      and.b32 v, b, 3; setp.ne.u32 p, v, 2; @p bra END;
+    L: setp.ge.u32 p, i, n; @p bra OUT;
+      bar.sync 0; xor.b32 w, t, 33; mov.u32 v, sh; mad.lo.u32 w, w, 4, v; ld.shared.u32 v, [w]; add.u32 sum, sum, v; bar.sync 0;
+      add.u32 v, v, 1; st.shared.u32 [w], v; ld.local.u32 v, [l+16]; add.u32 v, v, 2; st.local.u32 [l+16], v; add.u32 i, i, 1; bra L;
+    OUT: cp.async.wait_group 0; ld.shared.u32 v, [s+256]; add.u32 sum, sum, v; ld.local.u32 v, [l+16]; mad.lo.u32 sum, v, 1000, sum;
+      ld.param.u64 c, [P1]; mad.lo.u32 t, b, 64, t; mad.wide.u32 c, t, 4, c; st.global.u32 [c], sum;
+    END: ret; }"""
+    )
+    x = rng.integers(0, 100, 64, dtype=np.uint32)
+    want = [
+        (b + 2 * n) * 1000 + sum(b + i for i in range(n)) + x if b % 4 == 2 else 0 * x
+        for b in range(40)
+        for n in [7 * b % 40]
+    ]
+    for options in ({}, {"max_lanes": 640}, {"max_lanes": 1}, {"schedule": "random"}):
+        o = np.zeros((40, 64), np.uint32)
+        launch_ptx(ptx, "k", 40, 64, [x, o], **options)
+        assert (o == np.stack(want)).all()
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "random"])
+def test_deadlock_is_reported(schedule):
+    with pytest.raises(PtxError, match="deadlock") as e:
+        run_body(
+            "mov.u32 t0, %tid.x; setp.lt.u32 p, t0, 32; mov.u32 o0, 0; @p bra A; bar.sync 1; bra B; A: bar.sync 2; B:",
+            [("u32", np.zeros(64, np.uint32))],
+            [("u32", np.uint32)],
+            schedule=schedule,
+        )
+    assert "barrier 1" in e.value.detail
+    assert "barrier 2" in e.value.detail
+    with pytest.raises(PtxError, match="step limit"):
+        run_body("L: bra L;", [("u32", np.zeros(32, np.uint32))], [("u32", np.uint32)], max_steps=1000)
+
+
+# ---------------------------------------------------------------- ldmatrix and mma, from the fragment tables of the ISA
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("trans", [False, True])
+def test_ldmatrix(n, trans):
+    """Rows of 8 b16 lie 16 bytes apart, in an order that the row addresses permute."""
+    x = rng.integers(0, 2**16, (32, 8), dtype=np.uint16)
+    order = rng.permutation(32).astype(np.uint32)
+    regs = ", ".join(f"r{i}" for i in range(n))
+    ptx = (
+        HEAD
+        + f"""
+    .visible .entry k(.param .u64 P0, .param .u64 P1, .param .u64 P2) {{
+      .reg .b32 t, s, v, r<4>; .reg .b64 a; .shared .align 16 .b8 m[512];
+      mov.u32 t, %tid.x;
+      ld.param.u64 a, [P0]; mad.wide.u32 a, t, 16, a; shl.b32 s, t, 4; mov.u32 v, m; add.u32 s, s, v;
+      .reg .b64 x, y; ld.global.v2.b64 {{x, y}}, [a]; st.shared.v2.b64 [s], {{x, y}};
+      bar.warp.sync -1;
+      ld.param.u64 a, [P1]; mad.wide.u32 a, t, 4, a; ld.global.u32 s, [a]; shl.b32 s, s, 4; add.u32 s, s, v;
+      ldmatrix.sync.aligned.m8n8.x{n}{".trans" if trans else ""}.shared.b16 {{{regs}}}, [s];
+      ld.param.u64 a, [P2]; mad.wide.u32 a, t, {4 * n}, a;
+      {" ".join(f"st.global.b32 [a+{4 * i}], r{i};" for i in range(n))} ret; }}"""
+    )
+    o = np.zeros((32, n), np.uint32)
+    launch_ptx(ptx, "k", 1, 32, [x, order, o])
+    for i in range(n):
+        m = x[order[8 * i : 8 * i + 8]]
+        if trans:
+            m = m.T
+        for lane in range(32):
+            row, col = lane // 4, 2 * (lane % 4)
+            assert o[lane, i] == int(m[row, col]) | int(m[row, col + 1]) << 16
+
+
+# (lane, register, element in the register) -> (row, column), as the ISA's figures give them
+def a_place(type_, k, lane, r, e):
+    g, t = lane >> 2, lane & 3
+    if type_ == "tf32":
+        return g + 8 * (r % 2), t + 4 * (r // 2)
+    if type_ in ("s8", "u8"):
+        return (
+            (g, 4 * t + e)
+            if k == 16 and r == 0
+            else (g + 8, 4 * t + e)
+            if k == 16
+            else (g + 8 * (r % 2), 4 * t + e + 16 * (r // 2))
+        )
+    return (g + 8 * (r % 2), 2 * t + e + (8 if r >= 2 else 0))
+
+
+def b_place(type_, k, lane, r, e):
+    g, t = lane >> 2, lane & 3
+    if type_ == "tf32":
+        return t + 4 * r, g
+    if type_ in ("s8", "u8"):
+        return 4 * t + e + 16 * r, g
+    return 2 * t + e + 8 * r, g
+
+
+def pack(m, type_, place, k, registers):
+    per = {"tf32": 1, "s8": 4, "u8": 4}.get(type_, 2)
+    out = np.zeros((32, registers), np.uint32)
+    for lane in range(32):
+        for r in range(registers):
+            for e in range(per):
+                out[lane, r] |= np.uint32(int(m[place(type_, k, lane, r, e)]) << (32 // per * e))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("a_type", "k", "d_type", "b_type"),
+    [
+        ("f16", 16, "f32", "f16"),
+        ("f16", 16, "f16", "f16"),
+        ("bf16", 16, "f32", "bf16"),
+        ("f16", 8, "f32", "f16"),
+        ("f16", 8, "f16", "f16"),
+        ("bf16", 8, "f32", "bf16"),
+        ("tf32", 8, "f32", "tf32"),
+        ("tf32", 4, "f32", "tf32"),
+        ("s8", 16, "s32", "s8"),
+        ("u8", 16, "s32", "s8"),
+        ("s8", 32, "s32", "u8"),
+        ("s8", 32, "s32", "s8"),
+    ],
+)
+def test_mma(a_type, k, d_type, b_type):
+    if a_type in ("s8", "u8"):
+        A, B = (
+            rng.integers(*((-128, 128) if t == "s8" else (0, 256)), s)
+            for t, s in ((a_type, (16, k)), (b_type, (k, 8)))
+        )
+        C = rng.integers(-(10**6), 10**6, (16, 8)).astype(np.int32)
+        abits, bbits, cbits = A & 255, B & 255, C.view(np.uint32)
+    else:
+        A, B, C = (
+            rng.standard_normal((16, k)),
+            rng.standard_normal((k, 8)),
+            rng.standard_normal((16, 8)).astype(np.float32),
+        )
+        if a_type == "bf16":
+            abits, bbits = bf16(A), bf16(B)
+            A, B = bf16_value(abits), bf16_value(bbits)
+        elif a_type == "f16":
+            abits, bbits = A.astype(np.float16).view(np.uint16), B.astype(np.float16).view(np.uint16)
+            A, B = abits.view(np.float16), bbits.view(np.float16)
+        else:  # the low 13 bits are not read
+            abits, bbits = A.astype(np.float32).view(np.uint32), B.astype(np.float32).view(np.uint32)
+            A, B = (abits & 0xFFFFE000).view(np.float32), (bbits & 0xFFFFE000).view(np.float32)
+        cbits = C.view(np.uint32)
+    na, nb = {
+        4: (2, 1),
+        8: (4, 2) if a_type == "tf32" else (2, 1),
+        16: (2, 1) if a_type in ("s8", "u8") else (4, 2),
+        32: (4, 2),
+    }[k]
+    a, b = pack(abits, a_type, a_place, k, na), pack(bbits, b_type, b_place, k, nb)
+    nc = 2 if d_type == "f16" else 4
+    c = np.zeros((32, nc), np.uint32)
+    half = C.astype(np.float16).view(np.uint16) if d_type == "f16" else None
+    for lane in range(32):
+        g, t = lane >> 2, lane & 3
+        for i in range(nc):
+            c[lane, i] = (
+                int(half[g + 8 * i, 2 * t]) | int(half[g + 8 * i, 2 * t + 1]) << 16
+                if nc == 2
+                else cbits[g + 8 * (i // 2), 2 * t + i % 2]
+            )
+    lists = [", ".join(f"{n}{i}" for i in range(m)) for n, m in (("d", nc), ("x", na), ("y", nb), ("c", nc))]
+    outs = [("b32", np.uint32)] * nc
+    body = (
+        ".reg .b32 x<4>, y<2>, c<4>, d<4>;"
+        + "".join(f"mov.b32 x{i}, i{i};" for i in range(na))
+        + "".join(f"mov.b32 y{i}, i{na + i};" for i in range(nb))
+        + "".join(f"mov.b32 c{i}, i{na + nb + i};" for i in range(nc))
+        + f"mma.sync.aligned.m16n8k{k}.row.col.{d_type}.{a_type}.{b_type}.{d_type} {{{lists[0]}}}, {{{lists[1]}}}, {{{lists[2]}}}, {{{lists[3]}}};"
+        + "".join(f"mov.b32 o{i}, d{i};" for i in range(nc))
+    )
+
+    def two(m):
+        return [
+            np.concatenate([m[:, i], m[:, i][::-1]]) for i in range(m.shape[1])
+        ]  # a second warp of other data
+
+    got = run_body(body, [("b32", v) for m in (a, b, c) for v in two(m)], outs)
+    got = np.stack([x[:32] for x in got], 1)
+    if d_type == "s32":
+        D = (A.astype(np.int64) @ B.astype(np.int64) + C).astype(np.int32).view(np.uint32)
+    elif d_type == "f32":
+        D = (A.astype(np.float64) @ B.astype(np.float64) + C).astype(np.float32).view(np.uint32)
+    else:
+        D = (A.astype(np.float64) @ B.astype(np.float64) + C.astype(np.float16)).astype(np.float16)
+    for lane in range(32):
+        g, t = lane >> 2, lane & 3
+        for i in range(nc):
+            if nc == 4:
+                assert got[lane, i] == D[g + 8 * (i // 2), 2 * t + i % 2]
+            else:
+                assert (
+                    got[lane, i : i + 1].view(np.float16).tolist() == D[g + 8 * i, 2 * t : 2 * t + 2].tolist()
+                )
+
+
+def test_mma_f64():
+    A, B, C = rng.standard_normal((8, 4)), rng.standard_normal((4, 8)), rng.standard_normal((8, 8))
+    lane = np.arange(32)
+    g, t = lane // 4, lane % 4
+    got = run_body(
+        "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {o0, o1}, {i0}, {i1}, {i2, i3};",
+        [("f64", A[g, t]), ("f64", B[t, g]), ("f64", C[g, 2 * t]), ("f64", C[g, 2 * t + 1])],
+        [("f64", np.float64)] * 2,
+    )
+    want = A @ B + C
+    assert np.allclose(got[0], want[g, 2 * t], rtol=1e-14, atol=1e-15)
+    assert np.allclose(got[1], want[g, 2 * t + 1], rtol=1e-14, atol=1e-15)
+
+
+# ---------------------------------------------------------------- cp.async
+
+CP = (
+    HEAD
+    + """
+.visible .entry k(.param .u64 P0, .param .u64 P1, .param .u64 P2) {
+  .reg .pred p; .reg .b32 t, s, d, v, n; .reg .b64 a, b;
+  .shared .align 16 .b8 buf[2048];
+  mov.u32 t, %%tid.x; shl.b32 s, t, 4; mov.u32 d, buf; add.u32 s, s, d;
+  ld.param.u64 a, [P0]; mad.wide.u32 a, t, 16, a;
+  ld.param.u64 b, [P2]; mad.wide.u32 b, t, 4, b; ld.global.u32 n, [b];
+  setp.eq.u32 p, n, 0;
+  %s
+  ld.param.u64 b, [P1]; mad.wide.u32 b, t, 16, b;
+  .reg .b32 w<4>; ld.shared.v4.b32 {w0,w1,w2,w3}, [s]; st.global.v4.b32 [b], {w0,w1,w2,w3};
+  ret; }"""
+)
+
+
+def run_cp(body, sizes=None, n=64, **options):
+    x, o = u32(4 * n), np.zeros(4 * n, np.uint32)
+    launch_ptx(CP % body, "k", 1, n, [x, o, np.full(n, 16, np.uint32) if sizes is None else sizes], **options)
+    return x.reshape(n, 4), o.reshape(n, 4)
+
+
+def test_cp_async_arrives_at_the_wait():
+    x, o = run_cp("cp.async.cg.shared.global [s], [a], 16; cp.async.commit_group; cp.async.wait_group 0;")
+    assert (x == o).all()
+    x, o = run_cp(
+        "cp.async.ca.shared.global [s], [a], 8; cp.async.ca.shared.global.L2::128B [s+8], [a+8], 4; cp.async.ca.shared.global [s+12], [a+12], 4; cp.async.wait_all;"
+    )
+    assert (x == o).all()
+    for body in (
+        "cp.async.cg.shared.global [s], [a], 16; cp.async.commit_group;",  # no wait
+        "cp.async.cg.shared.global [s], [a], 16; cp.async.commit_group; cp.async.wait_group 1;",  # waits for the wrong one
+        "cp.async.cg.shared.global [s], [a], 16; cp.async.wait_group 0;",  # not committed
+        "mov.u32 v, 0; st.shared.v4.b32 [s], {v,v,v,v}; cp.async.cg.shared.global [s], [a], 16; cp.async.commit_group;",
+    ):
+        with pytest.raises(PtxError, match="never written"):
+            run_cp(body)
+
+
+def test_cp_async_groups_complete_in_order():
+    body = """cp.async.cg.shared.global [s], [a], 16; cp.async.commit_group; cp.async.cg.shared.global [s+1024], [a], 16; cp.async.commit_group; cp.async.wait_group 1;"""
+    x, o = run_cp(body)
+    assert (x == o).all()
+
+
+def test_cp_async_src_size_and_ignore():
+    sizes = np.resize(np.array([16, 0, 3, 8, 15, 1], np.uint32), 64)
+    x, o = run_cp("cp.async.cg.shared.global [s], [a], 16, n; cp.async.wait_all;", sizes)
+    keep = np.arange(16) < sizes[:, None]
+    assert (o.view(np.uint8) == np.where(keep, x.view(np.uint8), 0)).all()
+    x, o = run_cp("cp.async.cg.shared.global [s], [a], 16, p; cp.async.wait_all;", sizes)
+    assert (o == np.where(sizes[:, None] == 0, 0, x)).all()
+    n = 64  # size 0 may point anywhere
+    x, o = run_cp(
+        "setp.eq.u32 p, n, 0; @p mov.u64 a, 64; cp.async.cg.shared.global [s], [a], 16, n; cp.async.wait_all;",
+        np.where(np.arange(n) < 5, 0, 16).astype(np.uint32),
+    )
+    assert (o[:5] == 0).all()
+    assert (o[5:] == x[5:]).all()
+
+
+# ---------------------------------------------------------------- loads, stores, atomics
+
+
+def test_load_store_widths_and_extension():
+    x = rng.integers(-(2**31), 2**31, 64).astype(np.int32)
+    got = run_body(
+        "ld.param.u64 a, [P0]; mad.wide.u32 a, tid, 4, a; ld.global.s8 o0, [a+1]; ld.global.u8 o1, [a+1]; ld.global.s16 o2, [a+2]; ld.global.nc.L1::no_allocate.L2::128B.u16 o3, [a+2]; ld.volatile.global.u32 o4, [a]; ld.s8 o5, [a+3];",
+        [("s32", x)],
+        [
+            ("s32", np.int32),
+            ("u32", np.uint32),
+            ("s32", np.int32),
+            ("u32", np.uint32),
+            ("u32", np.uint32),
+            ("s64", np.int64),
+        ],
+    )
+    b = x.view(np.int8).reshape(-1, 4)
+    h = x.view(np.int16).reshape(-1, 2)
+    for g, want in zip(
+        got,
+        [b[:, 1], b[:, 1].view(np.uint8), h[:, 1], h[:, 1].view(np.uint16), x.view(np.uint32), b[:, 3]],
+        strict=True,
+    ):
+        assert (g == want).all()
+
+
+def test_hints_and_instructions_without_effect():
+    x = u32()
+    got = run_body(
+        """
+        .reg .b64 pol, e; .reg .b32 v<4>; .shared .align 16 .b8 sh[1024];
+        createpolicy.fractional.L2::evict_first.b64 pol, 1.0;
+        ld.param.u64 e, [P0]; mad.wide.u32 e, tid, 4, e; prefetch.global.L1 [e]; prefetchu.L1 [e];
+        ld.global.L1::evict_last.L2::cache_hint.b32 o0, [e], pol; ld.global.cg.b32 o1, [e]; ld.global.nc.L1::no_allocate.L2::evict_first.v1.b32 o2, [e];
+        ld.relaxed.gpu.global.u32 o3, [e]; ld.acquire.sys.global.u32 o4, [e]; fence.acq_rel.gpu; fence.sc.sys; membar.gl; nanosleep.u32 20; griddepcontrol.wait;
+        mov.u32 t0, sh; mad.lo.u32 t0, tid, 4, t0; cp.async.ca.shared.global.L2::cache_hint [t0], [e], 4, pol; cp.async.ca.shared.global.L2::cache_hint [t0+512], [e], 4, 4, pol; cp.async.wait_all;
+        ld.shared.u32 o5, [t0]; ld.shared.u32 o6, [t0+512];
+        st.global.L1::no_allocate.L2::cache_hint.b32 [e], o0, pol; red.global.add.L2::cache_hint.u32 [e], 0, pol;
+        mov.u32 t1, %clock; mov.u32 t2, %clock; sub.u32 o7, t2, t1;""".replace(".v1", ""),
+        [("u32", x)],
+        [("u32", np.uint32)] * 8,
+    )
+    for g in got[:7]:
+        assert (g == x).all()
+    assert (got[7] > 0).all()
+    with pytest.raises(PtxError, match="out of bounds"):
+        run_body("prefetch.global.L2 [a+400];", [("u32", x)], [("u32", np.uint32)])
+    with pytest.raises(PtxError, match="trap") as e:
+        run_body("setp.eq.u32 p, tid, 40; @p trap; mov.u32 o0, 0;", [("u32", x)], [("u32", np.uint32)])
+    assert e.value.thread == (40, 0, 0)
+
+
+def test_lanes_in_different_buffers_and_overlapping_views():
+    ptx = (
+        HEAD
+        + """
+    .visible .entry k(.param .u64 P0, .param .u64 P1, .param .u64 P2, .param .u64 P3) {
+      .reg .pred p; .reg .b32 t, v; .reg .b64 a, b, c;
+      mov.u32 t, %tid.x; and.b32 v, t, 1; setp.eq.u32 p, v, 0; ld.param.u64 a, [P0]; ld.param.u64 b, [P1]; selp.b64 a, a, b, p;
+      mad.wide.u32 a, t, 4, a; ld.global.u32 v, [a]; ld.param.u64 c, [P3]; mad.wide.u32 c, t, 4, c; st.global.u32 [c], v;
+      ld.param.u64 b, [P2]; mad.wide.u32 b, t, 4, b; ld.global.u32 v, [b]; st.global.u32 [c+256], v; add.u32 v, v, 1; st.global.u32 [a], v; ret; }"""
+    )
+    base, y, o = (
+        np.arange(1000, 1200, dtype=np.uint32),
+        np.arange(2000, 2064, dtype=np.uint32),
+        np.zeros(128, np.uint32),
+    )
+    launch_ptx(ptx, "k", 1, 64, [base[40:104], y, base[50:114], o])  # the third argument overlaps the first
+    assert (o[:64] == np.where(T % 2 == 0, 1040 + T, 2000 + T)).all()
+    assert (o[64:] == 1050 + T).all()
+    assert (y == np.where(T % 2 == 0, 2000 + T, 1051 + T)).all()
+    assert (base[40:104] == np.where(T % 2 == 0, 1051 + T, 1040 + T)).all()
+    with pytest.raises(PtxError, match="out of bounds"):
+        launch_ptx(ptx, "k", 1, 64, [base[40:104], y[:63], base[50:114], o])
+    with pytest.raises(PtxError, match="misaligned"):
+        launch_ptx(
+            ptx.replace("mad.wide.u32 a, t, 4, a; ld", "mad.wide.u32 a, t, 6, a; ld"),
+            "k",
+            1,
+            8,
+            [base, y, base, o],
+        )
+
+
+def test_kernel_parameters_of_every_size():
+    ptx = (
+        HEAD
+        + """
+    .visible .entry k(.param .u8 A, .param .u16 B, .param .f64 C, .param .align 8 .b8 S[24], .param .f32 F, .param .u64 O) {
+      .reg .b16 h; .reg .b32 v, w; .reg .b64 a, x, y; .reg .f64 d; .reg .f32 f;
+      ld.param.u64 a, [O]; ld.param.u8 v, [A]; st.global.u32 [a], v; ld.param.s8 v, [A]; st.global.u32 [a+4], v; ld.param.u16 v, [B]; st.global.u32 [a+8], v;
+      ld.param.v2.u32 {v, w}, [S+8]; st.global.v2.u32 [a+16], {v, w}; ld.param.f64 d, [C]; st.global.f64 [a+24], d; ld.param.f32 f, [F]; st.global.f32 [a+32], f;
+      mov.b64 x, S; ld.param.u32 v, [x+20]; st.global.u32 [a+36], v; ret; }"""
+    )
+    o = np.zeros(10, np.uint32)
+    launch_ptx(ptx, "k", 1, 32, [200, 60000, -1.5, np.arange(6, dtype=np.uint32).tobytes(), 0.1, o])
+    assert o[:3].tolist() == [200, 2**32 - 56, 60000]
+    assert o[4:6].tolist() == [2, 3]
+    assert o[6:8].view(np.float64)[0] == -1.5
+    assert o[8:9].view(np.float32)[0] == np.float32(0.1)
+    assert o[9] == 5
+
+
+def test_generic_addresses_and_local_memory():
+    """Pointers to shared, local and global memory used without a space, chosen per lane."""
+    ptx = (
+        HEAD
+        + """
+    .visible .entry k(.param .u64 P0, .param .u64 P1) {
+      .reg .pred p; .reg .b32 t, v, s; .reg .b64 a, b, c, l;
+      .shared .align 4 .b8 sh[256]; .local .align 8 .b8 loc[16];
+      mov.u32 t, %tid.x; ld.param.u64 a, [P0]; cvta.to.global.u64 a, a; mad.wide.u32 a, t, 4, a; ld.global.u32 v, [a];
+      mov.u32 s, sh; shl.b32 v, t, 2; add.u32 s, s, v; mul.lo.u32 v, t, 10; st.shared.u32 [s], v;
+      cvt.u64.u32 b, s; cvta.shared.u64 b, b;
+      mov.u64 l, loc; cvta.local.u64 c, l; mul.lo.u32 v, t, 100; st.local.u32 [l+8], v; add.u64 c, c, 8;
+      and.b32 s, t, 1; setp.eq.u32 p, s, 0; @p mov.u64 a, b;
+      and.b32 s, t, 3; setp.eq.u32 p, s, 1; @p mov.u64 a, c;
+      ld.u32 v, [a]; add.u32 v, v, 1; st.u32 [a], v;
+      ld.param.u64 b, [P1]; mad.wide.u32 b, t, 4, b; ld.u32 v, [a]; isspacep.shared p, a; @p add.u32 v, v, 1000000; st.global.u32 [b], v; ret; }"""
+    )
+    x, o = u32(), np.zeros(64, np.uint32)
+    before = x.copy()
+    launch_ptx(ptx, "k", 1, 64, [x, o])
+    want = np.where(T % 2 == 0, T * 10 + 1000000, np.where(T % 4 == 1, T * 100, before)) + 1
+    assert (o == want.astype(np.uint32)).all()
+    assert (x == np.where(T % 4 == 3, before + 1, before)).all()
+
+
+@pytest.mark.parametrize("space", ["global", "shared"])
+def test_atomics(space):
+    n = 64
+    key, val = rng.integers(0, 8, n, dtype=np.uint32), rng.integers(0, 100, n, dtype=np.uint32)
+    ops = ["add.u32", "min.u32", "max.u32", "and.b32", "or.b32", "xor.b32", "exch.b32", "inc.u32", "dec.u32"]
+    for op in ops:
+        ptx = (
+            HEAD
+            + f"""
+        .visible .entry k(.param .u64 P0, .param .u64 P1, .param .u64 P2, .param .u64 P3) {{
+          .reg .b32 t, key, val, s, old; .reg .b64 a, b; .shared .align 4 .b8 sh[32]; .reg .pred p;
+          mov.u32 t, %tid.x; setp.lt.u32 p, t, 8; mov.u32 s, sh;
+          ld.param.u64 a, [P2]; mad.wide.u32 a, t, 4, a; @p ld.global.u32 val, [a]; mad.lo.u32 s, t, 4, s; @p st.shared.u32 [s], val; bar.sync 0;
+          ld.param.u64 a, [P0]; mad.wide.u32 a, t, 4, a; ld.global.u32 key, [a];
+          ld.param.u64 a, [P1]; mad.wide.u32 a, t, 4, a; ld.global.u32 val, [a];
+          ld.param.u64 b, [P2]; mad.wide.u32 b, key, 4, b; mov.u32 s, sh; mad.lo.u32 s, key, 4, s;
+          atom.{space}.{op} old, [{"b" if space == "global" else "s"}], val;
+          ld.param.u64 a, [P3]; mad.wide.u32 a, t, 4, a; st.global.u32 [a], old;
+          bar.sync 0; mov.u32 s, sh; mad.lo.u32 s, t, 4, s; @p ld.shared.u32 val, [s];
+          ld.param.u64 b, [P2]; mad.wide.u32 b, t, 4, b; {"" if space == "global" else "@p st.global.u32 [b], val;"} ret; }}"""
+        )
+        m, old = rng.integers(0, 100, 8, dtype=np.uint32), np.zeros(n, np.uint32)
+        ref, ref_old = [int(v) for v in m], []
+        f = {
+            "add": lambda a, b: (a + b) % 2**32,
+            "min": min,
+            "max": max,
+            "and": lambda a, b: a & b,
+            "or": lambda a, b: a | b,
+            "xor": lambda a, b: a ^ b,
+            "exch": lambda a, b: b,
+            "inc": lambda a, b: 0 if a >= b else a + 1,
+            "dec": lambda a, b: b if a == 0 or a > b else a - 1,
+        }[op.split(".")[0]]
+        for k_, v in zip(key, val, strict=True):
+            ref_old.append(ref[k_])
+            ref[k_] = f(ref[k_], int(v))
+        launch_ptx(ptx, "k", 1, n, [key, val, m, old])
+        assert (m.tolist(), old.tolist()) == (ref, ref_old), op
+
+
+def test_float_and_cas_atomics():
+    x = rng.integers(-50, 50, 64).astype(np.float32)
+    acc, half, bf = np.zeros(8, np.float32), np.zeros(4, np.float16), np.zeros(4, np.uint16)
+    lock, old = np.zeros(2, np.uint64), np.zeros(64, np.float16)
+    ptx = (
+        HEAD
+        + """
+    .visible .entry k(.param .u64 P0, .param .u64 P1, .param .u64 P2, .param .u64 P3, .param .u64 P4, .param .u64 P5) {
+      .reg .b32 t, v, h; .reg .b16 s; .reg .b64 a, b, c, d, e;
+      mov.u32 t, %tid.x; ld.param.u64 a, [P0]; mad.wide.u32 a, t, 4, a; ld.global.f32 v, [a];
+      ld.param.u64 b, [P1]; red.global.add.f32 [b], v; atom.global.gpu.acq_rel.add.f32 h, [b+4], v; red.relaxed.gpu.global.add.f32 [b+8], 0f3F800000;
+      cvt.rn.f16x2.f32 h, 0f3F800000, v; ld.param.u64 c, [P2]; red.global.add.noftz.f16x2 [c], h;
+      cvt.rn.f16.f32 s, 0f3F800000; atom.global.add.noftz.f16 s, [c+6], s; ld.param.u64 a, [P5]; mad.wide.u32 a, t, 2, a; st.global.b16 [a], s;
+      ld.param.u64 c, [P4]; cvt.rn.bf16x2.f32 h, 0f3F800000, v; red.global.add.noftz.bf16x2 [c], h; cvt.rn.bf16.f32 s, 0f40000000; red.global.add.noftz.bf16 [c+4], s;
+      ld.param.u64 d, [P3]; cvt.u64.u32 e, t; add.u64 c, e, 1; atom.global.cas.b64 e, [d], e, c; ret; }"""
+    )
+    launch_ptx(ptx, "k", 1, 64, [x, acc, half, lock, bf, old])
+    assert acc.tolist() == [x.sum(), x.sum(), 64, 0, 0, 0, 0, 0]
+    assert half.tolist() == [x.sum(), 64, 0, 64]
+    assert lock.tolist() == [64, 0]
+    assert old.tolist() == list(range(64))
+    total = np.float32(0)
+    for v in x:  # bf16 rounds at every step, in lane order
+        total = bf16_value(bf16(total + v))
+    assert bf16_value(bf).tolist() == [total, 64, 128, 0]
+
+
+def test_module_variables_and_functions():
+    ptx = (
+        HEAD
+        + """
+    .global .align 4 .u32 counter = 7;
+    .const .align 4 .f32 table[4] = {0f3F800000, 0f40000000, 2.5, 4.0};
+    .global .align 8 .u64 pointer = counter;
+    .global .align 8 .f64 doubles[2] = {0d3FF8000000000000, 0dBFF0000000000000};
+    .func (.param .b32 ret) twice_plus(.param .b32 x, .param .b64 y) {
+      .reg .b32 a; .reg .b64 b; .reg .pred p;
+      ld.param.u32 a, [x]; ld.param.u64 b, [y]; setp.gt.u32 p, a, 40; @p bra BIG; add.u32 a, a, a; st.param.b32 [ret], a; ret;
+      BIG: cvt.u32.u64 a, b; st.param.b32 [ret+0], a; ret; }
+    .visible .entry k(.param .u64 P0, .param .u64 P1) {
+      .reg .b32 t, v, w, i; .reg .b64 a, b, c; .reg .f32 f, g;
+      mov.u32 t, %tid.x; cvt.u64.u32 c, t;
+      { .param .b32 p0; st.param.b32 [p0], t; .param .b64 p1; st.param.b64 [p1], c; .param .b32 r0; call.uni (r0), twice_plus, (p0, p1); ld.param.b32 v, [r0]; }
+      { .param .b32 p0; st.param.b32 [p0+0], v; .param .b64 p1; st.param.b64 [p1], 5; .param .b32 r0; call (r0), twice_plus, (p0, p1); ld.param.b32 w, [r0]; }
+      ld.param.u64 a, [P0]; mad.wide.u32 a, t, 4, a; st.global.u32 [a], w;
+      ld.global.u64 b, [pointer]; atom.add.u32 v, [b], 1;
+      .reg .f64 d0, d1; ld.f64 d0, [doubles]; ld.global.f64 d1, [doubles+8]; add.f64 d0, d0, d1; cvt.rn.f32.f64 g, d0;
+      and.b32 i, t, 3; mul.wide.u32 c, i, 4; mov.u64 b, table; add.u64 b, b, c; ld.const.f32 f, [b];
+      ld.param.u64 a, [P1]; mad.wide.u32 a, t, 4, a; add.f32 f, f, g; st.global.f32 [a], f; ret; }"""
+    )
+    o, f = np.zeros(64, np.uint32), np.zeros(64, np.float32)
+    launch_ptx(ptx, "k", 1, 64, [o, f])
+
+    def g(x, y):
+        return x * 2 if x <= 40 else y
+
+    assert o.tolist() == [g(g(t, t), 5) for t in range(64)]
+    assert (f == np.array([1.5, 2.5, 3, 4.5], np.float32)[T % 4]).all()
+
+
+def test_brx_and_scopes():
+    got = run_body(
+        """
+        and.b32 t0, tid, 3;
+        ts: .branchtargets A, B, C, A;
+        brx.idx t0, ts;
+     A: mov.u32 o0, 1; bra X;
+     B: { .reg .b32 t0; mov.u32 t0, 22; X1: mov.u32 o0, t0; } bra X;
+     C: { .reg .b32 t0; mov.u32 t0, 33; X1: mov.u32 o0, t0; }
+     X: mad.lo.u32 o0, t0, 100, o0;""",
+        [("u32", np.zeros(64, np.uint32))],
+        [("u32", np.uint32)],
+    )
+    assert (got == T % 4 * 100 + np.array([1, 22, 33, 1])[T % 4]).all()
+
+
+def test_grid_and_block_in_three_dimensions_both_schedules():
+    ptx = (
+        HEAD
+        + """
+    .visible .entry k(.param .u64 P0) { .reg .b32 x<12>; .reg .b64 a;
+      mov.u32 x0, %tid.x; mov.u32 x1, %tid.y; mov.u32 x2, %tid.z; mov.u32 x3, %ntid.x; mov.u32 x4, %ntid.y; mov.u32 x5, %ntid.z;
+      mad.lo.u32 x6, x2, x4, x1; mad.lo.u32 x6, x6, x3, x0; mul.lo.u32 x7, x3, x4; mul.lo.u32 x7, x7, x5;
+      mov.u32 x8, %ctaid.z; mov.u32 x9, %nctaid.y; mov.u32 x10, %ctaid.y; mad.lo.u32 x8, x8, x9, x10; mov.u32 x9, %nctaid.x; mov.u32 x10, %ctaid.x; mad.lo.u32 x8, x8, x9, x10;
+      mad.lo.u32 x7, x8, x7, x6; ld.param.u64 a, [P0]; mad.wide.u32 a, x7, 4, a; add.u32 x7, x7, 5; st.global.u32 [a], x7; ret; }"""
+    )
+    for options in ({}, {"schedule": "random"}, {"max_lanes": 1}):
+        o = np.zeros(2 * 3 * 4 * 5 * 3 * 2, np.uint32)
+        launch_ptx(ptx, "k", (2, 3, 4), (5, 3, 2), [o], **options)
+        assert (o == np.arange(len(o)) + 5).all()
+
+
+def test_statistics():
+    """Counts that can be worked out by hand: 64 lanes read 4 bytes each, stride 1 and stride 32 bytes."""
+    ptx = (
+        HEAD
+        + """
+    .visible .entry k(.param .u64 P0) { .reg .b32 t, v, s; .reg .b64 a, b; .shared .align 16 .b8 sh[8192];
+      mov.u32 t, %tid.x; ld.param.u64 a, [P0]; mad.wide.u32 b, t, 4, a; ld.global.f32 v, [b]; mad.wide.u32 b, t, 32, a; ld.global.f32 v, [b];
+      ex2.approx.f32 v, v; fma.rn.f32 v, v, v, v;
+      mov.u32 s, sh; mad.lo.u32 s, t, 4, s; st.shared.f32 [s], v; mov.u32 s, sh; mad.lo.u32 s, t, 128, s; st.shared.f32 [s], v; bar.sync 0; ret; }"""
+    )
+    s = launch_ptx(ptx, "k", 1, 64, [torch.zeros(512)])  # (torch's memory is 64-byte aligned)
+    assert s["global bytes read"] == 512
+    assert s["global sectors read"] == 8 + 64
+    assert s["ex2"] == 64
+    assert s["fma"] == 64
+    assert s["barrier (threads)"] == 64
+    assert "512  global bytes read" in str(s)
+    assert s["shared bytes written"] == 512
+    assert s["shared bank conflicts"] == 2 * 31

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 # Op → module. A module may have a function `why_not(op, arguments)`: limits beyond the op's own, in words.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "softmax_score": "softmax_score",
+    "softmax_score_backward": "softmax_score",
+}
 
 NEEDED = (3, 6)
 

@@ -16,6 +16,7 @@ import torch
 
 # Op → module. A module may have a function `why_not(op, arguments)`: limits beyond the op's own, in words.
 MODULES: dict[str, str] = {
+    "target_attention": "target_attention",
     "softmax_score": "softmax_score",
     "softmax_score_backward": "softmax_score",
 }

@@ -6,7 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 
-EXTRAS   := recommender,tensorboard,test,dev
+# Not in constraints.txt: a CUDA build of torch requires the triton that it was built with.
+TRITON   := triton==3.9.0
+EXTRAS   := recommender,tensorboard,triton,test,dev
 CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES  := $(CXX_CODE) $(wildcard build_backend/*.py)
 FOLDERS  := $(shell find csrc -type d)  # their times change when a file comes or goes
@@ -37,6 +39,7 @@ build: build/extension ## compile attnrec/_C in place; only what changed
 
 $(VENV)/installed: build/extension pyproject.toml constraints.txt
 	@echo "== environment: attnrec (editable) and its extras"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install -q $(TRITON)
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 

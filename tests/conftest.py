@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from runners import RUNNER, covering
 
 import attnrec
 from attnrec._extension import extension, reason
@@ -22,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 settings.register_profile(
     "attnrec",
     deadline=None,
-    max_examples=int(os.environ.get("ATTNREC_TEST_EXAMPLES", "25")),
+    max_examples=RUNNER.examples,
     derandomize="CI" in os.environ,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -32,10 +33,42 @@ settings.load_profile("attnrec")
 
 def pytest_configure(config):
     """`make sanitize` must not pass because another attnrec than the instrumented one was tested."""
+    config.addinivalue_line("markers", "cpu_only(reason): not a test of other backends and devices")
+    config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one")
     if os.environ.get("ATTNREC_EXPECT_SANITIZED") == "1":
         flags = extension.build["flags"] if extension else reason
         if "-fsanitize=address" not in flags:
             pytest.exit(f"attnrec in {attnrec.__file__} is not built with sanitizers: {flags}", returncode=2)
+
+
+def pytest_collection_modifyitems(config, items):
+    """What the runner leaves out (tests/runners.py)."""
+    left_out = []
+    if RUNNER.name != "native":
+        left_out += [item for item in items if item.get_closest_marker("cpu_only")]
+    if RUNNER.thin:
+        cases: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            if hasattr(item, "callspec") and item not in left_out:
+                cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        for of_test in cases.values():
+            # Values need not be hashable; those of one parameter are the same objects in all cases.
+            values = [{name: id(x) for name, x in item.callspec.params.items()} for item in of_test]
+            kept = covering(values)
+            left_out += [item for index, item in enumerate(of_test) if index not in kept]
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU that torch can use"))
+    dropped = set(left_out)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_runner():
+    with RUNNER.session():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -59,7 +92,7 @@ def seeded():
 @pytest.fixture
 def device():
     """Where the ops' tests put their tensors."""
-    return torch.device(os.environ.get("ATTNREC_TEST_DEVICE", "cpu"))
+    return torch.device(RUNNER.device)
 
 
 @pytest.fixture

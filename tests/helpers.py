@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from runners import RUNNER
 from torch import Tensor
 
 from attnrec import reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DTYPES = list(RUNNER.dtypes)
 OPTIONS = ("kv_lengths", "visible", "self", "key_bias")
 
 # Around the sizes at which kernels change their ways: vectors, blocks, tiles.
@@ -93,7 +94,7 @@ def make_jagged(
     `options` out of OPTIONS. Their values include the borders: length 0 and the full room, nothing and
     everything visible, a bias of -inf. `spread` is the standard deviation of queries and keys.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(RUNNER.device).manual_seed(seed)
     kv_heads = heads if kv_heads is None else kv_heads
     rows, total = sum(candidates), sum(events)
 
@@ -220,7 +221,7 @@ def outputs_and_grads(
     outputs = list(result) if isinstance(result, tuple) else [result]
     if not differentiate:
         return outputs, {}
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(RUNNER.device).manual_seed(1)
     grad_outputs = [
         torch.randn(outputs[i].shape, generator=generator, dtype=torch.float64).to(outputs[i].dtype)
         for i in differentiate

@@ -7,6 +7,7 @@ import torch
 from helpers import DTYPES, assert_matches_reference
 from hypothesis import given
 from hypothesis import strategies as st
+from runners import RUNNER
 from torch.nn import functional as F
 
 import attnrec
@@ -18,7 +19,7 @@ OPTIONS = ("bias", "logq", "temperature", "label_smoothing", "ignored", "negativ
 
 def make(rows, items, dim, dtype=torch.float32, options=(), seed=0, ignore_index=IGNORED):
     """Arguments of the op, with options by name."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(RUNNER.device).manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -107,6 +108,7 @@ def test_random_sizes(rows, items, dim, dtype, names, ignore_index, seed):
     check(*make(rows, items, dim, dtype, names, seed, ignore_index))
 
 
+@pytest.mark.cpu_only("float64")
 @pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_is_torchs_cross_entropy(smoothing, reduction):
@@ -304,21 +306,19 @@ def test_a_row_alone_gets_the_same_bits(dtype, names):
 
 @pytest.mark.parametrize("names", [("bias", "ignored"), ("in_batch",)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_again_and_on_any_number_of_threads(names, dtype):
-    arguments, options = make(1200, 700, 24, dtype, names)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 5, 2):
-            torch.set_num_threads(n)
-            results.append(outcome(arguments, options, torch.linspace(0, 1, 1200)))
-    finally:
-        torch.set_num_threads(threads)
+def test_the_same_bits_again_and_on_any_number_of_threads(names, dtype, threads):
+    rows = RUNNER.smaller(1200)
+    arguments, options = make(rows, 700, 24, dtype, names)
+    results = []
+    for n in RUNNER.threads:
+        threads(n)
+        results.append(outcome(arguments, options, torch.linspace(0, 1, rows)))
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             assert torch.equal(x, y)
 
 
+@pytest.mark.cpu_only("float64")
 @pytest.mark.parametrize(
     "names", list(combinations())[::3], ids=lambda names: "+".join(sorted(names)) or "plain"
 )
@@ -334,6 +334,7 @@ def test_gradcheck(names):
     assert torch.autograd.gradcheck(function, leaves)
 
 
+@pytest.mark.cpu_only("peak memory of the process")
 def test_memory_is_not_that_of_all_scores(peak_memory):
     """Forward and backward of 2,000 rows by 200,000 items would be 1.6 GB for each matrix of scores."""
     users, table = torch.randn(2000, 4, requires_grad=True), torch.randn(200_000, 4, requires_grad=True)

@@ -5,6 +5,7 @@ import torch
 from helpers import DTYPES, assert_close_to_reference, make_offsets
 from hypothesis import given
 from hypothesis import strategies as st
+from runners import RUNNER
 
 import attnrec
 from attnrec import reference
@@ -29,13 +30,13 @@ def by_sorting(users, catalog, k, *, exclude=None, bias=None, temperature=1.0):
 
 def integers(*shape, dtype=torch.float32, seed=0, largest=3):
     """Small integers: every product and sum of them is exact, and there are many ties."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(RUNNER.device).manual_seed(seed)
     return torch.randint(-largest, largest + 1, shape, generator=generator).to(dtype)
 
 
 def exclusions(batch, items, most, seed=0, dtype=torch.int64):
     """Up to `most` ids a user, in any order, with repeats; every third user has none."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(RUNNER.device).manual_seed(seed)
     most = most if items else 0
     drawn = torch.randint(0, most + 1, (batch,), generator=generator).tolist()
     counts = [0 if b % 3 == 2 else count for b, count in enumerate(drawn)]
@@ -49,7 +50,7 @@ def options_for(names, batch, items, seed=0):
     if "exclude" in names:
         options["exclude"] = exclusions(batch, items, 40, seed)
     if "bias" in names:
-        hidden = torch.rand(items, generator=torch.Generator().manual_seed(seed)) < 0.1
+        hidden = torch.rand(items, generator=torch.Generator(RUNNER.device).manual_seed(seed)) < 0.1
         options["bias"] = integers(items, seed=seed + 1, largest=5).masked_fill(hidden, -INF)
     if "temperature" in names:
         options["temperature"] = 0.07
@@ -121,7 +122,7 @@ def test_random_sizes(batch, items, share, dtype, names, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores_and_lse_of_real_numbers(dtype):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(RUNNER.device).manual_seed(0)
     users = torch.randn(20, 48, generator=generator).to(dtype)
     catalog = torch.randn(3000, 48, generator=generator).to(dtype)
     bias = torch.randn(3000, generator=generator)
@@ -264,7 +265,7 @@ def test_exclude_of_either_integer(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_user_alone_gets_the_same_bits(dtype):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(RUNNER.device).manual_seed(0)
     users = torch.randn(300, 24, generator=generator).to(dtype)
     catalog = torch.randn(5000, 24, generator=generator).to(dtype)
     ids, offsets = exclusions(300, 5000, 50)
@@ -279,16 +280,12 @@ def test_a_user_alone_gets_the_same_bits(dtype):
 
 
 @pytest.mark.parametrize("batch", [1, 70])
-def test_the_same_bits_again_and_on_any_number_of_threads(batch):
-    users, catalog = torch.randn(batch, 24), torch.randn(9000, 24)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 5, 2):
-            torch.set_num_threads(n)
-            results.append(attnrec.catalog_topk(users, catalog, 50, temperature=0.7))
-    finally:
-        torch.set_num_threads(threads)
+def test_the_same_bits_again_and_on_any_number_of_threads(batch, threads):
+    users, catalog = torch.randn(batch, 24), torch.randn(RUNNER.smaller(9000), 24)
+    results = []
+    for n in RUNNER.threads:
+        threads(n)
+        results.append(attnrec.catalog_topk(users, catalog, 50, temperature=0.7))
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             assert torch.equal(x, y)
@@ -303,6 +300,7 @@ def test_half_precision_is_not_rounded_before_the_order():
     assert scores.tolist() == [[2049.0, 2048.0, 2047.0]]
 
 
+@pytest.mark.cpu_only("peak memory of the process")
 def test_memory_is_not_that_of_all_scores(peak_memory):
     """500 users by 200,000 items would be 400 MB of scores."""
     users, catalog = torch.randn(500, 2), torch.randn(200_000, 2)

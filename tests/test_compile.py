@@ -6,6 +6,7 @@ Most through "aot_eager", which traces as much as Inductor does and compiles not
 import pytest
 import torch
 from helpers import make_jagged, make_offsets
+from runners import RUNNER
 
 import attnrec
 from attnrec._extension import extension, reason
@@ -125,7 +126,7 @@ def test_nested():
 
 def test_autocast_inside():
     def function(query, key, q_offsets, kv_offsets):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(RUNNER.device, torch.bfloat16):
             return attnrec.target_attention(query, key, key, q_offsets, kv_offsets)
 
     case = make_jagged([2, 1], [3, 2], dim=8)
@@ -134,6 +135,7 @@ def test_autocast_inside():
     assert torch.equal(got, function(*case.weights_args))
 
 
+@pytest.mark.cpu_only("another backend is forced")
 def test_a_compiled_graph_obeys_use_backend():
     def function(*args):
         return attnrec.target_attention(*args)

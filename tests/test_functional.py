@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import make_jagged, make_offsets
+from runners import RUNNER
 from torch.nn import functional as F
 
 import attnrec
@@ -91,7 +92,7 @@ class TestDense:
     @FORMS
     @GROUPS
     def test_as_torch(self, heads_first, kv_heads):
-        query, key, value = dense(heads_first, kv_heads, torch.float64)
+        query, key, value = dense(heads_first, kv_heads, RUNNER.widest)
         mask = torch.rand(USERS, EVENTS) < 0.4
         mask[:, 2] = False
         want = F.scaled_dot_product_attention(
@@ -161,14 +162,17 @@ class TestDense:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.skipif("target_attention" not in CPU.kernels, reason="the reference's bits are torch.matmul's")
+@pytest.mark.skipif(
+    RUNNER.backend is None and "target_attention" not in CPU.kernels,
+    reason="the reference's bits are torch.matmul's",
+)
 class TestBatchInvariance:
     """The form that a call takes inside depends on the batch (heads in place or folded, a mask with holes or
     without); the bits of a user's result must not."""
 
     @pytest.fixture(autouse=True)
     def kernels(self):
-        with attnrec.use_backend("cpu"):
+        with attnrec.use_backend(RUNNER.backend or "cpu"):
             yield
 
     @FORMS

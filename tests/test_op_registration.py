@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from helpers import make_jagged, make_offsets
+from runners import RUNNER
 
 import attnrec
 from attnrec import ops
@@ -72,7 +73,8 @@ def op(name):
 
 @pytest.fixture(params=["default", "reference"])
 def backend(request):
-    with attnrec.use_backend(None if request.param == "default" else request.param):
+    """The runner's own, and the reference."""
+    with attnrec.use_backend(RUNNER.backend if request.param == "default" else request.param):
         yield request.param
 
 
@@ -109,6 +111,7 @@ def test_opcheck_of_the_backward_op(backend, name):
 
 
 class TestAutograd:
+    @pytest.mark.cpu_only("float64")
     @pytest.mark.parametrize("name", FORWARD)
     def test_gradients(self, backend, name):
         """Through the op in float64, so through the real kernels."""
@@ -276,7 +279,7 @@ class TestAutocast:
     def test_attention(self, backend, dtype):
         """Query, key and value are cast, also where they differ; the bias stays as it is."""
         args, kwargs = inputs("target_attention")[1]
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(RUNNER.device, dtype):
             out, lse = op("target_attention")(args[0].to(dtype), *args[1:], **kwargs)
         low = [x.to(dtype) if x.is_floating_point() else x for x in args]
         options = {k: x.to(dtype) if k.startswith("self") else x for k, x in kwargs.items()}
@@ -286,14 +289,15 @@ class TestAutocast:
         out.float().sum().backward()
         assert args[1].grad.dtype == torch.float32
 
+    @pytest.mark.cpu_only("float64")
     def test_float64_stays(self, backend):
         batch = make_jagged([1], [2], dtype=torch.float64)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(RUNNER.device, torch.bfloat16):
             assert attnrec.target_attention(*batch.args).dtype == torch.float64
 
     def test_scoring_and_loss(self, backend):
         (users, items, offsets), _ = inputs("softmax_score")[0]
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(RUNNER.device, torch.bfloat16):
             assert attnrec.softmax_score(users, items, offsets).dtype == torch.bfloat16
             loss = attnrec.catalog_cross_entropy(users.bfloat16(), items, torch.tensor([0, 1, 2]))
         assert loss.dtype == torch.float32
@@ -302,14 +306,14 @@ class TestAutocast:
 
     def test_topk_keeps_the_catalogue_as_it_is(self, backend):
         users, catalog = torch.ones(1, 1), torch.tensor([[1.0], [1.0001]])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(RUNNER.device, torch.bfloat16):
             _, ids, _ = attnrec.catalog_topk(users.bfloat16(), catalog, 1)
         assert ids.item() == 1
 
     def test_errors_are_those_of_the_cast_arguments(self, backend):
         args, _ = inputs("target_attention", requires_grad=False)[0]
         with (
-            torch.autocast("cpu", torch.bfloat16),
+            torch.autocast(RUNNER.device, torch.bfloat16),
             pytest.raises(ValueError, match="q_offsets must end at 5"),
         ):
             attnrec.target_attention(args[0].bfloat16(), *args[1:3], torch.tensor([0, 2, 2, 4]), args[4])

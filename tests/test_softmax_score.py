@@ -7,15 +7,17 @@ import torch
 from helpers import DTYPES, assert_close_to_reference, assert_matches_reference, lengths, make_offsets
 from hypothesis import given
 from hypothesis import strategies as st
+from runners import RUNNER
 
 import attnrec
+from attnrec import reference
 
 INF, NAN = float("inf"), float("nan")
 
 
 def make(counts, dim, dtype=torch.float32, bias=None, seed=0, spread=1.0):
     """Users, items, offsets and a bias (None, or its dtype) that hides a tenth of the items."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(RUNNER.device).manual_seed(seed)
     total = sum(counts)
     users = torch.randn(len(counts), dim, generator=generator, dtype=torch.float64) * spread / dim**0.5
     items = torch.randn(total, dim, generator=generator, dtype=torch.float64)
@@ -219,21 +221,19 @@ def test_a_user_alone_gets_the_same_bits(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_again_and_on_any_number_of_threads(dtype):
-    arguments = make([300, 5, 0, 20000, 17, 4096, 33], 24, dtype, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2, 5, 2):
-            torch.set_num_threads(n)
-            results.append(outcome(*arguments))
-    finally:
-        torch.set_num_threads(threads)
+def test_the_same_bits_again_and_on_any_number_of_threads(dtype, threads):
+    counts = [300, 5, 0, RUNNER.smaller(20000), 17, RUNNER.smaller(4096), 33]
+    arguments = make(counts, 24, dtype, torch.float32)
+    results = []
+    for n in RUNNER.threads:
+        threads(n)
+        results.append(outcome(*arguments))
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             assert torch.equal(x, y)
 
 
+@pytest.mark.cpu_only("float64")
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradcheck(bias):
     users, items, offsets, _ = make([3, 0, 9, 1], 5, torch.float64)
@@ -252,9 +252,12 @@ def test_gradient_is_not_that_of_rounded_probabilities(dtype):
     """The probabilities come rounded to 16 bits; a bias in float32 would show it."""
     users, items, offsets, bias = make([500, 40], 16, dtype, torch.float32, spread=0.0)
     grads = []
-    for cast in (lambda x: x, lambda x: x.double()):
+    for function, cast in (
+        (attnrec.softmax_score, lambda x: x),
+        (reference.softmax_score, lambda x: x.double()),
+    ):
         leaf = cast(bias).requires_grad_()
-        scores = attnrec.softmax_score(cast(users), cast(items), offsets, bias=leaf)
+        scores = function(cast(users), cast(items), offsets, bias=leaf)
         upstream = torch.linspace(-1, 1, 540).to(dtype).to(scores.dtype)
         grads.append(torch.autograd.grad(scores, leaf, upstream)[0])
     assert_close_to_reference(grads[0], grads[0].double().float(), grads[1], what="gradient of the bias")

@@ -19,6 +19,7 @@ from helpers_attention import (
     together,
 )
 from hypothesis import given
+from runners import RUNNER
 
 import attnrec
 
@@ -57,7 +58,7 @@ class TestAgainstReference:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_long_history(self, device, dtype):
-        check(make_jagged([20], [9000], heads=2, dim=16, dtype=dtype).to(device))
+        check(make_jagged([20], [RUNNER.smaller(9000)], heads=2, dim=16, dtype=dtype).to(device))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("deviation", [8, 50])
@@ -197,9 +198,10 @@ class TestBatchInvariance:
             assert torch.equal(some[1], lse[chosen])
 
     def test_threads_and_runs(self, device, threads):
-        batch = make_jagged([700, 3, 90], [400, 1200, 33], kv_heads=2, options=OPTIONS).to(device)
+        candidates, events = [RUNNER.smaller(700), 3, 90], [400, RUNNER.smaller(1200), 33]
+        batch = make_jagged(candidates, events, kv_heads=2, options=OPTIONS).to(device)
         first = attend(batch)
-        for n in (1, 2, 2, 5):
+        for n in RUNNER.threads:
             threads(n)
             for x, y in zip(attend(batch), first, strict=True):
                 assert torch.equal(x, y)
@@ -236,6 +238,7 @@ class TestLayouts:
             assert torch.equal(x, y)
 
 
+@pytest.mark.cpu_only("peak memory of the process")
 def test_memory_is_not_that_of_all_scores(peak_memory):
     batch = make_jagged([3000], [10000], heads=1, dim=16)  # 120 MB of scores
     attend(batch)

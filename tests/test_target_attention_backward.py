@@ -20,6 +20,7 @@ from helpers_attention import (
     together,
 )
 from hypothesis import given
+from runners import RUNNER
 
 import attnrec
 
@@ -40,7 +41,7 @@ def check(batch, slack=1.0, **changes):
 
 
 def grads_of_outputs(batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(RUNNER.device).manual_seed(seed)
     rows, heads, dim = batch.query.shape
     grad_out = torch.randn(rows, heads, dim, generator=generator).to(batch.query)
     grad_lse = torch.randn(rows, heads, generator=generator, dtype=torch.float64)
@@ -75,7 +76,8 @@ class TestAgainstReference:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
     def test_long_history(self, device, dtype, options):
-        batch = make_jagged([50, 20], [2500, 9000], heads=2, kv_heads=1, dim=16, dtype=dtype, options=options)
+        events = [RUNNER.smaller(2500), RUNNER.smaller(9000)]
+        batch = make_jagged([50, 20], events, heads=2, kv_heads=1, dim=16, dtype=dtype, options=options)
         check(batch.to(device))
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,6 +109,7 @@ class TestAgainstReference:
     def test_any_batch(self, device, batch):
         check(batch.to(device), slack=6.0)
 
+    @pytest.mark.cpu_only("float64")
     @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
     def test_gradcheck(self, device, options):
         batch = make_jagged(
@@ -262,10 +265,11 @@ class TestBatchInvariance:
                     assert torch.equal(some[name], whole[name][chosen]), name
 
     def test_threads_and_runs(self, device, threads):
-        batch = make_jagged([700, 3, 90, 0], [400, 2500, 33, 5], kv_heads=2, options=OPTIONS).to(device)
+        candidates, events = [RUNNER.smaller(700), 3, 90, 0], [400, RUNNER.smaller(2500), 33, 5]
+        batch = make_jagged(candidates, events, kv_heads=2, options=OPTIONS).to(device)
         grads_of = grads_of_outputs(batch)
         first = gradients(batch, *grads_of)
-        for n in (1, 2, 2, 5):
+        for n in RUNNER.threads:
             threads(n)
             for name, grad in gradients(batch, *grads_of).items():
                 assert torch.equal(grad, first[name]), name
@@ -327,6 +331,7 @@ class TestPartsOfTheGradient:
         assert torch.equal(grad, gradients(batch, grad_out, grad_lse)[name])
 
 
+@pytest.mark.cpu_only("peak memory of the process")
 def test_memory_is_not_that_of_all_scores(peak_memory):
     batch = make_jagged([3000], [10000], heads=1, dim=16)  # 120 MB of scores
     grads_of = grads_of_outputs(batch)

@@ -17,6 +17,7 @@ from helpers_attention import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from runners import RUNNER
 
 import attnrec
 from attnrec import reference
@@ -145,6 +146,7 @@ class TestTop:
     def test_any_batch(self, device, batch, top):
         check_top(batch.to(device), top)
 
+    @pytest.mark.cpu_only("float64")
     @pytest.mark.parametrize("top", [1, 5, 200])
     def test_same_events_as_the_reference(self, device, top):
         batch = mixed(dtype=torch.float64, options=["visible", "self", "key_bias"]).to(device)
@@ -182,6 +184,7 @@ class TestTop:
         assert events.flatten().tolist() == [2, 0, 3, 1, 5, 4]
         assert weights.flatten().tolist() == [1, 0, 0, 0, 0, 0]
 
+    @pytest.mark.cpu_only("peak memory of the process")
     def test_memory_is_not_that_of_all_weights(self, peak_memory):
         batch = make_jagged([3000], [10000], heads=1, dim=16)  # 120 MB of weights
         weigh(batch, top=20)
@@ -210,9 +213,10 @@ class TestInvariance:
                     assert torch.equal(alone[1], results[1][rows][chosen])
 
     def test_threads_and_runs(self, device, threads, top):
-        batch = make_jagged([700, 3, 90], [200, 1200, 33], kv_heads=2, options=OPTIONS).to(device)
+        candidates, events = [RUNNER.smaller(700), 3, 90], [200, RUNNER.smaller(1200), 33]
+        batch = make_jagged(candidates, events, kv_heads=2, options=OPTIONS).to(device)
         first = weigh(batch, top=top)
-        for n in (1, 2, 5):
+        for n in RUNNER.threads:
             threads(n)
             for x, y in zip(weigh(batch, top=top), first, strict=True):
                 assert torch.equal(x, y)

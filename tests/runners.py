@@ -1,0 +1,109 @@
+"""Where the ops' tests run: one suite, four runners. ATTNREC_TEST_RUNNER chooses; `native` is the default.
+
+| runner | tensors | what serves them |
+| --- | --- | --- |
+| native | on the CPU | the usual choice, which is the C++ kernels |
+| interpreter | on the CPU | the Triton kernels in Triton's interpreter: their logic, in numpy |
+| emulator | on the CPU | the Triton kernels as compiled for sm_80, executed by tests/ptxemu |
+| device | on the GPU | the Triton kernels, or the backend that ATTNREC_BACKEND names |
+
+The middle two are a thousand times slower than hardware. For them alone everything that makes a run long is
+turned down here, and only here: a parametrised test keeps a covering part of its cases (`thin`), sizes that
+are large for the sake of being large are cut (`smaller`), hypothesis draws fewer examples.
+ATTNREC_TEST_FULL=1 turns it all up again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WITHOUT_DOUBLE = ALL[:3]
+
+
+@dataclass(frozen=True)
+class Runner:
+    name: str
+    device: str = "cpu"
+    backend: str | None = None  # forced for the whole session
+    dtypes: tuple[torch.dtype, ...] = ALL
+    examples: int = 25
+    threads: tuple[int, ...] = (1, 2, 5, 2)  # to repeat a call with
+    divisor: int = 1
+    thin: bool = False
+
+    @property
+    def widest(self) -> torch.dtype:
+        return torch.float64 if torch.float64 in self.dtypes else torch.float32
+
+    def smaller(self, size: int) -> int:
+        """A size that is large for the sake of being large, cut where everything is slow."""
+        return size // self.divisor
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Everything that has to hold while tests run."""
+        import attnrec
+
+        with contextlib.ExitStack() as stack:
+            if self.name == "emulator":
+                from ptxemu.session import session
+
+                stack.enter_context(session())
+            if self.backend is not None:
+                stack.enter_context(attnrec.use_backend(self.backend))
+            yield
+
+
+RUNNERS = {
+    runner.name: runner
+    for runner in (
+        Runner("native"),
+        Runner("interpreter", "cpu", "triton", WITHOUT_DOUBLE, 4, (1,), 8, thin=True),
+        Runner("emulator", "cpu", "triton", WITHOUT_DOUBLE, 3, (1,), 8, thin=True),
+        Runner("device", "cuda", os.environ.get("ATTNREC_BACKEND", "triton"), WITHOUT_DOUBLE, threads=(1, 2)),
+    )
+}
+
+
+def chosen() -> Runner:
+    name = os.environ.get("ATTNREC_TEST_RUNNER", "native")
+    if name not in RUNNERS:
+        raise ValueError(f"ATTNREC_TEST_RUNNER must be one of {', '.join(RUNNERS)}, got {name!r}")
+    runner = RUNNERS[name]
+    if os.environ.get("ATTNREC_TEST_FULL", "0") not in ("", "0"):
+        runner = replace(runner, examples=25, divisor=1, thin=False)
+    if "ATTNREC_TEST_EXAMPLES" in os.environ:
+        runner = replace(runner, examples=int(os.environ["ATTNREC_TEST_EXAMPLES"]))
+    if runner.name == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
+    return runner
+
+
+def covering(cases: Sequence[dict[str, Any]]) -> list[int]:
+    """Indices of some cases (values by parameter) in which every value of every parameter occurs.
+
+    Greedy, in a random order that is always the same, so that values meet in many combinations.
+    """
+    order = list(range(len(cases)))
+    random.Random(0).shuffle(order)
+    seen: set[tuple[str, Any]] = set()
+    kept = []
+    for index in order:
+        values = set(cases[index].items())
+        if not values <= seen:
+            kept.append(index)
+            seen |= values
+    return sorted(kept)
+
+
+RUNNER = chosen()
+if RUNNER.device != "cpu":  # for tensors that a test makes without saying where
+    torch.set_default_device(RUNNER.device)

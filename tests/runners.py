@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,17 +91,20 @@ def chosen() -> Runner:
 def covering(cases: Sequence[dict[str, Any]]) -> list[int]:
     """Indices of some cases (values by parameter) in which every value of every parameter occurs.
 
-    Greedy, in a random order that is always the same, so that values meet in many combinations.
+    For each value that does not occur yet a case whose values occur least so far, so that they meet in many
+    combinations; always the same cases.
     """
     order = list(range(len(cases)))
     random.Random(0).shuffle(order)
-    seen: set[tuple[str, Any]] = set()
-    kept = []
-    for index in order:
-        values = set(cases[index].items())
-        if not values <= seen:
-            kept.append(index)
-            seen |= values
+    times: Counter[tuple[str, Any]] = Counter()
+    kept = set()
+    for case in cases:
+        for value in case.items():
+            if not times[value]:
+                having = (index for index in order if value in cases[index].items())
+                best = min(having, key=lambda index: sum(times[other] for other in cases[index].items()))
+                kept.add(best)
+                times.update(cases[best].items())
     return sorted(kept)
 
 

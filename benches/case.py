@@ -42,12 +42,14 @@ class Contender:
         own_threads: it has a pool of threads of its own beside torch's. Such pools disturb each other where
             they alternate quickly, so samples are longer then.
         note: what a reader must know to read the figure.
+        check: of its own result, where that is not the problem's.
     """
 
     call: Callable[[], Any]
     read: Callable[[Any], list[Tensor]] = lambda raw: list(raw) if isinstance(raw, tuple) else [raw]
     own_threads: bool = False
     note: str = ""
+    check: Callable[[Sequence[Tensor]], Verdict] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Problem(Protocol):
 
 
 Peer = Callable[[Any], Contender]  # takes the problem, raises Refused
+VARIANT = "+"  # begins the name of a contender that is our own call with something added
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Case:
         suite: `full` has what `standard` has; `smoke` and `growth` stand alone.
         sizes: for the reports: by the design's letters.
         make: builds the problem on a device.
-        peers: by name.
+        peers: by name; with VARIANT before it, ours with something added.
         varied: in the growth suite: what is varied, and its value.
         threads: where the case says how many; else the runner's.
         more: what else to measure, of the contenders whose result is right; goes into the row as it is.
@@ -119,21 +122,30 @@ class Case:
 
 def compare(
     results: Sequence[Tensor],
-    plain: Sequence[Tensor],
+    ways: Sequence[Sequence[Tensor]],
     exact: Sequence[Tensor],
     *,
     factors: Sequence[float],
     names: Sequence[str],
 ) -> Verdict:
-    """The contract's rule: `max|out - exact| <= factor * max|plain - exact| + a rounding step`.
+    """The contract's rule, `|out - exact| <= factor * |plain - exact| + a rounding step`, twice.
 
-    `plain` is plain PyTorch's result in the case's dtype, `exact` the reference's in float64. Returns the
-    verdict of the output that comes nearest to its limit, or is beyond it.
+    Once for the largest error, once for the root mean square: the largest sees a single wrong element, the
+    mean a small error of many, which hides below a largest error that is a matter of luck.
+
+    Args:
+        ways: plain PyTorch's results in the case's dtype, by one way or by several that differ in the order
+            of their sums: of their errors the largest counts. Where few rows decide, one order's largest
+            error may be a third of another's.
+        exact: the reference's results in float64.
+
+    Returns:
+        The verdict of the output that comes nearest to its limit, or is beyond it.
     """
     if len(results) != len(exact):
         return Verdict(float("nan"), 0.0, f"{len(results)} results in place of {len(exact)}")
     worst = Verdict(0.0, 1.0)
-    for got, by_plain, by_exact, factor, name in zip(results, plain, exact, factors, names, strict=True):
+    for got, by_exact, factor, name, *by_plain in zip(results, exact, factors, names, *ways, strict=True):
         if got.shape != by_exact.shape:
             return Verdict(
                 float("nan"), 0.0, f"{name} of shape {tuple(got.shape)}, not {tuple(by_exact.shape)}"
@@ -144,12 +156,19 @@ def compare(
         if not torch.equal(got.double()[~finite], by_exact[~finite]):
             return Verdict(float("nan"), 0.0, f"{name}: infinities")
         wide = by_exact.where(finite, 0.0)
-        step = max(torch.finfo(by_plain.dtype).eps, torch.finfo(got.dtype).eps)
-        error = (got.double().where(finite, 0.0) - wide).abs().max().item()
-        of_plain = (by_plain.double().where(finite, 0.0) - wide).abs().max().item()
-        verdict = Verdict(error, factor * of_plain + step * max(wide.abs().max().item(), 2.0**-14), name)
-        if not verdict.right:
-            return verdict
-        if verdict.error / verdict.allowed > worst.error / worst.allowed:
-            worst = verdict
+        step = max(torch.finfo(by_plain[0].dtype).eps, torch.finfo(got.dtype).eps)
+        errors, *of_plain = (_norms(x.double().where(finite, 0.0) - wide) for x in (got, *by_plain))
+        for what, error, size, *others in zip(
+            (name, f"{name} (mean)"), errors, _norms(wide), *of_plain, strict=True
+        ):
+            verdict = Verdict(error, factor * max(others) + step * max(size, 2.0**-14), what)
+            if not verdict.right:
+                return verdict
+            if verdict.error / verdict.allowed > worst.error / worst.allowed:
+                worst = verdict
     return worst
+
+
+def _norms(x: Tensor) -> tuple[float, float]:
+    """The largest magnitude and the root mean square."""
+    return x.abs().max().item(), x.square().mean().sqrt().item()

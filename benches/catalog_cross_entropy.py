@@ -64,16 +64,16 @@ class LossProblem:
         return attnrec.explain(attnrec.catalog_cross_entropy, self.users, self.table, self.target).backend
 
     @cached_property
-    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
+    def expected(self) -> tuple[list[list[Tensor]], list[Tensor]]:
         """By plain PyTorch (as the peer `mm-cross-entropy`), and in float64."""
 
         def results(dtype: torch.dtype) -> list[Tensor]:
-            users, table = (x.to(dtype).requires_grad_() for x in (self.users, self.table))
+            users, table = (x.detach().to(dtype).requires_grad_() for x in (self.users, self.table))
             logits = users @ table.T
             value = F.cross_entropy(logits if dtype == torch.float64 else logits.float(), self.target)
             return [value.detach(), *torch.autograd.grad(value, (users, table))]
 
-        return results(self.users.dtype), results(torch.float64)
+        return [results(self.users.dtype)], results(torch.float64)
 
     def check(self, results: Sequence[Tensor], *, ours: bool) -> Verdict:
         factors = [OURS, OURS_GRADIENT, OURS_GRADIENT] if ours else [PEERS] * 3

@@ -104,18 +104,6 @@ def matmul(problem: TopkProblem) -> Contender:
     return Contender(call)
 
 
-def compiled(problem: TopkProblem) -> Contender:
-    """The same by `torch.compile`."""
-    torch._dynamo.reset()
-    function = torch.compile(lambda users, catalog: (users @ catalog.T).topk(problem.k), dynamic=False)
-
-    def call() -> tuple[Tensor, Tensor]:
-        with torch.inference_mode():
-            return tuple(function(problem.users, problem.catalog))
-
-    return Contender(call)
-
-
 # --- cases --------------------------------------------------------------------------------------------------
 
 PEERS = {

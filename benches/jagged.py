@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,6 +105,41 @@ def make_batch(
         train=train,
         grad_out=normal(rows, heads, dim) if train else None,
     )
+
+
+def other_orders(batch: Batch, count: int) -> Iterator[tuple[Batch, Callable[[list[Tensor]], list[Tensor]]]]:
+    """The same batch with its sums in other orders, and the way back from its results to the batch's.
+
+    The elements of a head are shuffled, and each user's events too where all of them are seen: exactly the
+    same is computed, with other roundings. Results are `out` and the gradients of query, key and value.
+    """
+    generator = torch.Generator().manual_seed(1)
+
+    def shuffle(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator)
+
+    for _ in range(count):
+        columns = shuffle(batch.query.shape[-1]).to(batch.device)
+        starts = batch.kv_offsets[:-1].tolist()
+        order = torch.arange if batch.causal else shuffle
+        events = torch.cat([first + order(n) for first, n in zip(starts, batch.events, strict=True)])
+        events = events.to(batch.device)
+        shuffled = replace(
+            batch,
+            query=batch.query[..., columns],
+            key=batch.key[events][..., columns],
+            value=batch.value[events],
+        )
+
+        yield shuffled, partial(_in_order, columns=columns.argsort(), events=events.argsort())
+
+
+def _in_order(results: list[Tensor], *, columns: Tensor, events: Tensor) -> list[Tensor]:
+    out, *grads = results
+    if not grads:
+        return [out]
+    query, key, value = grads
+    return [out, query[..., columns], key[events][..., columns], value[events]]
 
 
 # --- layouts ------------------------------------------------------------------------------------------------

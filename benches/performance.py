@@ -12,7 +12,7 @@ from typing import Any
 
 from benches import machine, tables
 from benches.machine import ROOT
-from benches.run import OURS, Row, failed, fastest_peer
+from benches.run import OURS, Row, fastest_peer, ours
 
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benches" / "results"
@@ -64,10 +64,10 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def op_table(rows: Sequence[Row]) -> str:
     """Ours, and the ratio to each peer in a column of its own."""
-    peers = list(dict.fromkeys(name for row in rows for name in row["results"] if name != OURS))
+    peers = list(dict.fromkeys(name for row in rows for name in row["results"] if not ours(name)))
     lines = []
     for row in rows:
-        if failed(row):
+        if OURS in row["wrong"]:
             lines.append((f"`{row['case']}`", f"wrong: {row['wrong'][OURS]}", *[""] * (3 + len(peers))))
             continue
         ours = row["results"][OURS]
@@ -107,6 +107,20 @@ def overview(rows: Sequence[Row]) -> str:
     return table(("op", "dtype", "cases", "geometric mean", "least", "most"), lines)
 
 
+def _families(rows: Sequence[Row]) -> list[str]:
+    parts = []
+    lines = [(f"`{line[0]}`", *line[1:-1], f"`{line[-1]}`") for line in tables.family_lines(rows)]
+    if lines:
+        parts += [
+            "Each peer's time over attnrec's, by family of cases:\n",
+            table(tables.FAMILY_HEADER, lines),
+        ]
+    for header, of in tables.variants(rows):
+        words = "attnrec's time with something added, over its time without:\n"
+        parts += [words, table(header, [(f"`{line[0]}`", *line[1:]) for line in of])]
+    return parts
+
+
 def section(results: dict[str, Any], source: str) -> str:
     """One machine's results."""
     rows = [row for row in results["rows"] if row["varied"] is None]
@@ -125,6 +139,7 @@ def section(results: dict[str, Any], source: str) -> str:
         f"[results]({source}).\n",
         "Against the fastest peer of each case (its time over attnrec's):\n",
         overview(rows),
+        *_families(rows),
         SHAPES,
         "Beside attnrec's own figures stand the peers' ratios, the fastest peer's in bold.\n",
     ]

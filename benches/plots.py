@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 from benches import tables
-from benches.run import OURS, Row
+from benches.run import OURS, Row, ours
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777", "#64748b")
 STYLE = {
@@ -40,7 +40,7 @@ def ratios(op: str, rows: Sequence[Row], path: Path) -> Path | None:
     rows = [row for row in rows if OURS in row["results"]][::-1]  # first case on top
     if not rows:
         return None
-    peers = sorted({name for row in rows for name in row["results"]} - {OURS})
+    peers = sorted({name for row in rows for name in row["results"] if not ours(name)})
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, sharey=True, figsize=(10, 1.5 + 0.24 * len(rows)), width_ratios=(3, 1), layout="constrained"

@@ -18,12 +18,12 @@ OPS = (
     "serving",
     "training",
 )
-GROWTH = "growth"
+MORE = ("target_attention_options", "growth")  # more cases of these ops
 
 
 def all_cases() -> list[Case]:
     """Of every file, growth last."""
-    modules = [importlib.import_module(f"benches.{name}") for name in (*OPS, GROWTH)]
+    modules = [importlib.import_module(f"benches.{name}") for name in (*OPS, *MORE)]
     cases = [case for module in modules for case in module.CASES]
     keys = [case.key for case in cases]
     assert len(set(keys)) == len(keys), f"two cases of one name: {[k for k in keys if keys.count(k) > 1]}"

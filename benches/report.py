@@ -30,7 +30,7 @@ def write(results: dict[str, Any], folder: Path) -> Path:
     """Writes index.html and the PNG files; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = results["rows"]
-    parts = [_head(results), _overview(rows)]
+    parts = [_head(results), *_overview(rows), *_families(rows)]
     for op, of_op in tables.by_op(rows).items():
         fixed = [row for row in of_op if row["varied"] is None]
         if not fixed:
@@ -67,14 +67,28 @@ def _head(results: dict[str, Any]) -> str:
     )
 
 
-def _overview(rows: Sequence[Row]) -> str:
+def _overview(rows: Sequence[Row]) -> list[str]:
     lines = [
         f"<tr><td><a href='#{op}'>{op}</a></td><td>{dtype}</td><td>{cases}</td>"
         f"{''.join(map(_ratio_cell, numbers))}</tr>"
         for op, dtype, cases, *numbers in tables.against_the_fastest(rows)
     ]
+    if not lines:
+        return []
     header = ("op", "dtype", "cases", "geometric mean", "least", "most")
-    return "<h2>Against the fastest peer of each case</h2>" + _table(header, lines)
+    return ["<h2>Against the fastest peer of each case</h2>", _table(header, lines)]
+
+
+def _families(rows: Sequence[Row]) -> list[str]:
+    parts = []
+    lines = tables.family_lines(rows)
+    if lines:
+        table = _plain_table(tables.FAMILY_HEADER, lines)
+        parts.append(f"<details><summary>each peer, by family of cases</summary>{table}</details>")
+    for header, of in tables.variants(rows):
+        words = "<p>attnrec's time with something added, over its time without:</p>"
+        parts += [words, _plain_table(header, of)]
+    return parts
 
 
 def _ratio_cell(value: float) -> str:
@@ -146,15 +160,8 @@ def _growth(rows: Sequence[Row], folder: Path) -> list[str]:
     if not found:
         return []
     picture = plots.growth(found, folder / "growth.png")
-    lines = []
-    for what, contenders in found.items():
-        for name, points in contenders.items():
-            slopes = [f"{tables.slope([(p[0], p[i]) for p in points if p[i]]):.2f}" for i in (1, 2)]
-            first, last = points[0], points[-1]
-            span = f"{tables.seconds(first[1])} → {tables.seconds(last[1])}"
-            lines.append((what, name, f"{first[0]} … {last[0]}", span, *slopes))
-    header = ("varied", "who", "values", "time", "slope of time", "slope of memory")
-    return ["<h2>Growth</h2>", _image(picture), _plain_table(header, lines)]
+    table = _plain_table(tables.GROWTH_HEADER, tables.growth_lines(rows))
+    return ["<h2>Growth</h2>", _image(picture), table]
 
 
 def _absent(rows: Sequence[Row]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benches.case import Case, Contender, Problem, Refused, Verdict
+from benches.case import VARIANT, Case, Contender, Problem, Refused, Verdict
 from benches.machine import Floors
 from benches.measure import (
     SAMPLE,
@@ -112,9 +112,10 @@ def _right_contenders(
             continue
         except Exception as error:  # whatever a peer raises, and ours too: then it is wrong
             words = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-            row["wrong" if name == OURS else "refused"][name] = words
+            row["wrong" if ours(name) else "refused"][name] = words
             continue
-        verdict = problem.check(results, ours=name == OURS)
+        own = contender.check
+        verdict = own(results) if own else problem.check(results, ours=ours(name))
         if verdict.right:
             right[name] = contender, verdict
         else:
@@ -150,13 +151,18 @@ def result(times: Times, row: Row, memory: int | None, verdict: Verdict | None, 
     }
 
 
+def ours(name: str) -> bool:
+    """Whether the contender is our call, or that with something added."""
+    return name == OURS or name.startswith(VARIANT)
+
+
 def failed(row: Row) -> bool:
-    return OURS in row["wrong"]
+    return any(ours(name) for name in row["wrong"])
 
 
 def fastest_peer(row: Row) -> tuple[str, float] | None:
     """The quickest peer's name and ratio (above 1: ours is faster); None where no peer ran."""
-    ratios = {name: r["ratio"] for name, r in row["results"].items() if name != OURS}
+    ratios = {name: r["ratio"] for name, r in row["results"].items() if not ours(name)}
     if not ratios or OURS not in row["results"]:
         return None
     name = min(ratios, key=lambda n: ratios[n])

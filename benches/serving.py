@@ -1,69 +1,47 @@
 """A ranking service: requests with Poisson arrivals and mixed lengths, answered by one process.
 
-The model is the usual one: embeddings of the user's events and of the candidates, target attention of each
-candidate over the history, an MLP, a click probability. Ours and the peers share its parameters and differ in
-the attention and what it needs: ours takes a batch of requests packed, plain PyTorch padded and masked.
+The model is the recommender's own `Ranking`, not trained: an encoder layer over the history, target attention
+of each candidate over it, an MLP, a click probability. The vectors of users and items are computed once, as a
+service does between two trainings. The peers are the same model and weights with `nn.MultiheadAttention` in
+the places of attnrec's attention.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-import attnrec
-from benches import target_attention
+from attnrec.nn import FusedMultiHeadAttention
+from attnrec.recommender.features import STATISTICS, Categories
+from attnrec.recommender.model import Candidates, History, Ranking, RankingConfig
+from benches import fused_multi_head_attention
 from benches.case import DTYPES, Case, Contender, Counts, Verdict, compare
-from benches.jagged import padding_mask
 from benches.lengths import log_normal, offsets
-from benches.measure import quantile, time_calls
+from benches.measure import time_calls
+from benches.queueing import Answer, poisson, simulate, summary
 from benches.run import OURS
 
 OP = "serving"
 LIMIT, LIMIT_OF_PEERS = 4.0, 10.0  # a whole model's roundings
-ITEMS, DIM, HEADS, HIDDEN = 20_000, 64, 2, 128
+CONFIG = RankingConfig(dim=64, heads=4, layers=1, hidden=64)
+USERS, ITEMS, GENRES, LEVELS = 1_000, 20_000, 20, 5
 LOAD = 0.7  # arrivals a second, as a part of what plain PyTorch can answer
 
 
 @dataclass(frozen=True)
 class Request:
+    user: int
     history: Tensor  # ids [L]
+    levels: Tensor  # ratings [L]
     candidates: Tensor  # ids [C]
-
-
-class Ranker(nn.Module):
-    """Contenders differ in `attend(query, key, value)`, all `[..., n, H, D]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.items = nn.Embedding(ITEMS, DIM)
-        self.query, self.key_value = nn.Linear(DIM, DIM), nn.Linear(DIM, 2 * DIM)
-        self.mlp = nn.Sequential(nn.Linear(2 * DIM, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
-
-    def forward_packed(self, history: Tensor, candidates: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        """Ids `[T_l]` and `[T_c]` → click probabilities `[T_c]`."""
-        item = self.items(candidates)
-        query = self.query(item).unflatten(-1, (HEADS, -1))
-        key, value = self.key_value(self.items(history)).unflatten(-1, (2, HEADS, -1)).unbind(-3)
-        interest = attend(query, key, value).flatten(-2)
-        return self.mlp(torch.cat([item, interest], -1)).squeeze(-1).sigmoid()
-
-    def forward_padded(self, history: Tensor, candidates: Tensor, keep: Tensor | None) -> Tensor:
-        """Ids `[B, L]` and `[B, C]`, `keep [B, 1, 1, L]` → `[B, C]`, by PyTorch's own attention."""
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=keep).transpose(1, 2)
-
-        return self.forward_packed(history, candidates, attend)
+    statistics: Tensor  # [C, S]
 
 
 def requests(count: int, *, seed: int = 0) -> list[Request]:
@@ -72,81 +50,132 @@ def requests(count: int, *, seed: int = 0) -> list[Request]:
     events = log_normal(count, 200, 1.0, 4000, seed=seed + 1)
     candidates = log_normal(count, 150, 0.8, 1000, seed=seed + 2)
 
-    def ids(n: int) -> Tensor:
-        return torch.randint(ITEMS, (n,), generator=generator)
+    def draw(most: int, n: int) -> Tensor:
+        return torch.randint(most, (n,), generator=generator)
 
-    return [Request(ids(max(n, 10)), ids(max(c, 20))) for n, c in zip(events, candidates, strict=True)]
+    def request(n: int, c: int) -> Request:
+        statistics = torch.randn(c, len(STATISTICS), generator=generator)
+        return Request(int(draw(USERS, 1)), draw(ITEMS, n), draw(LEVELS, n), draw(ITEMS, c), statistics)
 
-
-# --- the service --------------------------------------------------------------------------------------------
-
-Answer = Callable[[Sequence[Request]], list[Tensor]]
-
-
-def simulate(
-    answers: Sequence[Answer],
-    stream: Sequence[Request],
-    arrivals: Sequence[float],
-    *,
-    most: int,
-    clock: Callable[[], float],
-) -> list[list[float]]:
-    """Seconds from arrival to answer of every request, for each of `answers`.
-
-    Each is a service of its own with its own clock: it takes up to `most` of the requests that wait, and its
-    clock goes on by the time that this really took, or to the next arrival where nothing waits; so idle time
-    costs nothing here. They take turns call by call, so that a slow phase of the machine meets all of them.
-    """
-    services = [_Service(answer, stream, arrivals, most, clock) for answer in answers]
-    running = deque(services)
-    while running:
-        service = running.popleft()
-        if service.step():
-            running.append(service)
-    return [service.latencies for service in services]
+    return [request(max(n, 10), max(c, 20)) for n, c in zip(events, candidates, strict=True)]
 
 
-class _Service:
-    def __init__(
+# --- the model ----------------------------------------------------------------------------------------------
+
+
+class Stored(nn.Module):
+    """The vectors of all users or items, in the place of the encoder that computed them."""
+
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("vectors", vectors)
+
+    def forward(self) -> Tensor:
+        return self.vectors
+
+
+def ranking_model() -> Ranking:
+    """The same weights each time; of an item's features a genre, of a user's none."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        genres = Categories(
+            torch.randint(GENRES, (ITEMS,)), torch.arange(ITEMS + 1), [f"genre {i}" for i in range(GENRES)]
+        )
+        model = Ranking(CONFIG, USERS, [], ITEMS, [genres], LEVELS).eval().requires_grad_(False)
+        model.items, model.users = Stored(model.items()), Stored(model.users())
+    return model
+
+
+class PaddedAttention(nn.Module):
+    """`nn.MultiheadAttention` in the place of the fused module: packed rows are padded to the longest of the
+    batch, attended and packed again. A batch of one needs neither padding nor mask."""
+
+    def __init__(self, fused: FusedMultiHeadAttention) -> None:
+        super().__init__()
+        attention = nn.MultiheadAttention(fused.embed_dim, fused.num_heads, batch_first=True)
+        self.attention = attention.to(fused.in_proj_weight)
+        self.attention.load_state_dict(fused.state_dict())
+
+    def forward(
         self,
-        answer: Answer,
-        stream: Sequence[Request],
-        arrivals: Sequence[float],
-        most: int,
-        clock: Callable[[], float],
-    ) -> None:
-        self.answer, self.stream, self.arrivals, self.most, self.clock = answer, stream, arrivals, most, clock
-        self.now, self.next = 0.0, 0
-        self.latencies: list[float] = []
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        q_offsets: Tensor,
+        kv_offsets: Tensor,
+        is_causal: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if len(q_offsets) == 2:
+            return self._attend(query[None], key[None], value[None], None, is_causal)[0], None
+        queries, events = _places(q_offsets), _places(kv_offsets)
+        padded = _padded(query, queries), _padded(key, events), _padded(value, events)
+        # Padding comes last: a causal mask hides it from all that is real.
+        return self._attend(*padded, None if is_causal else ~events, is_causal)[queries], None
 
-    def step(self) -> bool:
-        """Answers the next batch; False when there is none."""
-        if self.next == len(self.stream):
-            return False
-        self.now = max(self.now, self.arrivals[self.next])
-        last = self.next + 1
-        while last < len(self.stream) and last - self.next < self.most and self.arrivals[last] <= self.now:
-            last += 1
-        start = self.clock()
-        self.answer(self.stream[self.next : last])
-        self.now += self.clock() - start
-        self.latencies += [self.now - arrival for arrival in self.arrivals[self.next : last]]
-        self.next = last
-        return True
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        mask = None
+        if is_causal:
+            n = query.shape[1]
+            mask = torch.ones(n, n, dtype=torch.bool, device=query.device).triu(1)
+        return self.attention(
+            query,
+            key,
+            value,
+            key_padding_mask=padding,
+            need_weights=False,
+            attn_mask=mask,
+            is_causal=is_causal,
+        )[0]
 
 
-def poisson(count: int, rate: float, *, seed: int = 0) -> list[float]:
-    """Arrival times of a Poisson process, in seconds."""
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
-    return (-torch.log1p(-uniform) / rate).cumsum(0).tolist()
+def _places(of: Tensor) -> Tensor:
+    """`[B, n]`, True where a padded batch of these offsets has a row."""
+    lengths = of.diff()
+    return torch.arange(int(lengths.max()), device=of.device) < lengths[:, None]
 
 
-def summary(latencies: Sequence[float], arrivals: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99 in seconds, and answers a second from the first arrival to the last answer."""
-    last = max(arrival + latency for arrival, latency in zip(arrivals, latencies, strict=True))
-    found = {f"p{q}": quantile(latencies, q / 100) for q in (50, 95, 99)}
-    return found | {"requests_per_second": len(latencies) / (last - arrivals[0])}
+def _padded(rows: Tensor, places: Tensor) -> Tensor:
+    out = rows.new_zeros(*places.shape, rows.shape[-1])
+    out[places] = rows
+    return out
+
+
+def by_pytorch(model: Ranking) -> Ranking:
+    """A copy of the model with PyTorch's attention."""
+    model = deepcopy(model)
+    fused = [(n, m) for n, m in model.named_modules() if isinstance(m, FusedMultiHeadAttention)]
+    for name, module in fused:
+        model.set_submodule(name, PaddedAttention(module))
+    return model
+
+
+def answers(
+    model: Callable[[Candidates, History], Tensor], dtype: torch.dtype, device: torch.device
+) -> Answer:
+    """The service: the click probabilities of each request's candidates."""
+
+    def answer(batch: Sequence[Request]) -> list[Tensor]:
+        counts = [len(request.candidates) for request in batch]
+        users = torch.repeat_interleave(torch.tensor([r.user for r in batch]), torch.tensor(counts))
+        candidates = Candidates(
+            users.to(device),
+            torch.cat([r.candidates for r in batch]).to(device),
+            torch.cat([r.statistics for r in batch]).to(device, dtype),
+            offsets(counts).to(device),
+        )
+        history = History(
+            torch.cat([r.history for r in batch]).to(device),
+            torch.cat([r.levels for r in batch]).to(device),
+            offsets([len(r.history) for r in batch]).to(device),
+        )
+        with torch.inference_mode():
+            return list(model(candidates, history)[:, -1].sigmoid().split(counts))
+
+    return answer
 
 
 # --- the case: what one batch of requests takes -------------------------------------------------------------
@@ -156,101 +185,75 @@ class ServingProblem:
     """The click probabilities of some requests at once, one behind the other."""
 
     def __init__(self, batch: Sequence[Request], dtype: str, device: torch.device) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.model = Ranker().to(device, DTYPES[dtype]).eval()
-        self.batch, self.device = batch, device
+        self.batch, self.dtype, self.device = batch, DTYPES[dtype], device
+        self.model = ranking_model().to(device, self.dtype)
 
     def counts(self) -> Counts:
-        """Attention, projections and MLP; of the embedding table the rows that are looked up."""
-        rows = sum(len(r.candidates) for r in self.batch)
-        events = sum(len(r.history) for r in self.batch)
-        pairs = sum(len(r.candidates) * len(r.history) for r in self.batch)
-        size = self.model.items.weight.element_size()
-        attention = target_attention.count(
-            pairs, rows, events, heads=HEADS, kv_heads=HEADS, dim=DIM // HEADS, size=size, train=False
+        """Attention, projections and MLPs; of users and items the rows that are looked up."""
+        candidates = [len(request.candidates) for request in self.batch]
+        events = [len(request.history) for request in self.batch]
+        dim, hidden, outputs, statistics = CONFIG.dim, CONFIG.hidden, LEVELS - 1, len(STATISTICS)
+        size, rows, total = self.dtype.itemsize, sum(candidates), sum(events)
+        of = partial(fused_multi_head_attention.count, dim=dim, heads=CONFIG.heads, size=size, train=False)
+        target = of(sum(c * n for c, n in zip(candidates, events, strict=True)), rows, total)
+        encoder = of(sum(n * (n + 1) // 2 for n in events), total, total)
+        dense = dim * dim + (4 * dim + statistics) * hidden + (hidden + statistics) * outputs
+        feed_forward = CONFIG.layers * 2.0 * total * 8 * dim * dim
+        return Counts(
+            target.flops + CONFIG.layers * encoder.flops + feed_forward + 2.0 * rows * dense,
+            float(size * dim * (2 * rows + total)),
+            target.exps + CONFIG.layers * encoder.exps,
         )
-        dense = 2.0 * (rows * (DIM * DIM + 2 * DIM * HIDDEN + HIDDEN) + events * 2 * DIM * DIM)
-        return Counts(attention.flops + dense, float(size * DIM * (rows + events)), attention.exps)
+
+    def contender(self, model: Callable[[Candidates, History], Tensor]) -> Contender:
+        answer = answers(model, self.dtype, self.device)
+        return Contender(lambda: torch.cat(answer(self.batch)))
 
     def ours(self) -> Contender:
-        return Contender(lambda: torch.cat(packed(self.model)(self.batch)))
+        return self.contender(self.model)
 
     def backend(self) -> str:
         return "model"
 
     @cached_property
-    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
-        def results(model: Ranker) -> list[Tensor]:
-            answer = padded(model)
+    def expected(self) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """By PyTorch's attention, request by request."""
+
+        def results(model: Ranking, dtype: torch.dtype) -> list[Tensor]:
+            answer = answers(model, dtype, self.device)
             return [torch.cat([answer([request])[0] for request in self.batch])]
 
-        with torch.random.fork_rng(devices=[]):
-            exact = Ranker().to(self.device, torch.float64).eval()
-        exact.load_state_dict(self.model.state_dict())
-        return results(self.model), results(exact)
+        plain = by_pytorch(self.model)
+        return [results(plain, self.dtype)], results(deepcopy(plain).double(), torch.float64)
 
     def check(self, results: Sequence[Tensor], *, ours: bool) -> Verdict:
         factor = LIMIT if ours else LIMIT_OF_PEERS
         return compare(results, *self.expected, factors=[factor], names=["probabilities"])
 
 
-def packed(model: Ranker) -> Answer:
-    """Ours: the requests one behind the other."""
-
-    def answer(batch: Sequence[Request]) -> list[Tensor]:
-        events = [len(request.history) for request in batch]
-        candidates = [len(request.candidates) for request in batch]
-        of = offsets(candidates), offsets(events)
-
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attnrec.target_attention(query, key, value, *of)
-
-        with torch.inference_mode():
-            history = torch.cat([request.history for request in batch])
-            ids = torch.cat([request.candidates for request in batch])
-            return list(model.forward_packed(history, ids, attend).split(candidates))
-
-    return answer
+def _own(model: Ranking) -> Callable[..., Tensor]:
+    return model
 
 
-def padded(model: Ranker, forward: Callable[..., Tensor] | None = None) -> Answer:
-    """Plain PyTorch: a batch is padded to its longest; one request needs neither padding nor mask."""
-    forward = model.forward_padded if forward is None else forward
-
-    def answer(batch: Sequence[Request]) -> list[Tensor]:
-        with torch.inference_mode():
-            history = pad_sequence([request.history for request in batch], batch_first=True)
-            ids = pad_sequence([request.candidates for request in batch], batch_first=True)
-            mask = padding_mask([len(request.history) for request in batch], history.device)
-            keep = None if mask is None else mask[:, None, None, :]
-            found = forward(history, ids, keep)
-            return [row[: len(request.candidates)] for row, request in zip(found, batch, strict=True)]
-
-    return answer
+def _compiled(model: Ranking) -> Callable[..., Tensor]:
+    """PyTorch's, compiled for any size."""
+    return torch.compile(by_pytorch(model), dynamic=True)
 
 
-def compiled_answer(model: Ranker) -> Answer:
-    """The same, compiled for any size."""
-    return padded(model, torch.compile(model.forward_padded, dynamic=True))
+MODELS: dict[str, Callable[[Ranking], Callable[..., Tensor]]] = {
+    OURS: _own,
+    "pytorch": by_pytorch,
+    "pytorch-compiled": _compiled,
+}
 
 
 def plain(problem: ServingProblem) -> Contender:
-    answer = padded(problem.model)
-    return Contender(lambda: torch.cat(answer(problem.batch)))
+    return problem.contender(by_pytorch(problem.model))
 
 
 def compiled(problem: ServingProblem) -> Contender:
     torch._dynamo.reset()
-    answer = compiled_answer(problem.model)
-    return Contender(lambda: torch.cat(answer(problem.batch)))
-
-
-ANSWERS: dict[str, Callable[[Ranker], Answer]] = {
-    OURS: packed,
-    "pytorch": padded,
-    "pytorch-compiled": compiled_answer,
-}
+    return problem.contender(_compiled(problem.model))
 
 
 def serve(problem: ServingProblem, names: Sequence[str], *, count: int, most: int) -> dict[str, Any]:
@@ -259,21 +262,21 @@ def serve(problem: ServingProblem, names: Sequence[str], *, count: int, most: in
     The load is `LOAD` of what plain PyTorch answers one by one; where it did not run, of what ours does.
     """
     stream = requests(count)
-    answers = {name: ANSWERS[name](problem.model) for name in names}
-    for answer in answers.values():  # what compiles, compiles before the clock runs
+    services = {name: answers(MODELS[name](problem.model), problem.dtype, problem.device) for name in names}
+    for answer in services.values():  # what compiles, compiles before the clock runs
         for i in range(0, min(count, 4 * most), most):
             answer(stream[i : i + most])
-    first = answers.get("pytorch", answers[OURS])
+    first = services.get("pytorch", services[OURS])
     some = stream[: min(count, 100)]
     seconds = [time_calls(lambda r=request: first([r]), 1, problem.device) for request in some]
     rate = LOAD * len(seconds) / sum(seconds)
     arrivals = poisson(count, rate)
-    latencies = simulate(list(answers.values()), stream, arrivals, most=most, clock=time.perf_counter)
+    latencies = simulate(list(services.values()), stream, arrivals, most=most, clock=time.perf_counter)
     return {
         "requests": count,
         "most_at_once": most,
         "arrivals_per_second": rate,
-        "services": {name: summary(of, arrivals) for name, of in zip(answers, latencies, strict=True)},
+        "services": {name: summary(of, arrivals) for name, of in zip(services, latencies, strict=True)},
     }
 
 
@@ -284,10 +287,10 @@ def _case(suite: str, dtype: str, batch: int, *, count: int) -> Case:
     drawn = requests(batch, seed=7)
     sizes: dict[str, int | str] = {
         "B": batch,
-        "H": HEADS,
+        "H": CONFIG.heads,
         "T_c": sum(len(request.candidates) for request in drawn),
         "T_l": sum(len(request.history) for request in drawn),
-        "D": DIM // HEADS,
+        "E": CONFIG.dim,
     }
     peers = {"pytorch": plain} if suite == "smoke" else {"pytorch": plain, "pytorch-compiled": compiled}
     more = partial(serve, count=count, most=batch)
@@ -296,6 +299,6 @@ def _case(suite: str, dtype: str, batch: int, *, count: int) -> Case:
 
 CASES = [
     _case("smoke", "fp32", 2, count=20),
-    *(_case("standard", "fp32", batch, count=1000) for batch in (1, 8)),
-    _case("full", "bf16", 8, count=1000),
+    *(_case("standard", "fp32", batch, count=500) for batch in (1, 8)),
+    _case("full", "bf16", 8, count=500),
 ]

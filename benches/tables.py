@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import log
 from typing import Any
 
-from benches.run import OURS, Row, fastest_peer, geometric_mean
+from benches.run import OURS, Row, fastest_peer, geometric_mean, ours
 
 HEADER = ("case", "who", "time", "p10 – p90", "ratio", "GFLOP/s", "GB/s", "share", "memory")
 
@@ -35,19 +35,20 @@ def ratio(value: float) -> str:
 
 
 def lines(row: Row) -> list[tuple[str, ...]]:
-    """A row's lines, ours first, then the others by speed, then those that have no speed."""
+    """A row's lines, ours first with its variants, then the others by speed, then those without a speed."""
     results: dict[str, dict[str, Any]] = row["results"]
-    others = sorted((name for name in results if name != OURS), key=lambda name: results[name]["seconds"])
+    mine = [name for name in results if ours(name)]
+    others = sorted(results.keys() - mine, key=lambda name: results[name]["seconds"])
     found = []
-    for name in [OURS, *others] if OURS in results else []:
+    for name in [*mine, *others]:
         r = results[name]
         found.append(
             (
                 row["case"] if name == OURS else "",
-                name,
+                f"{name} ({r['note']})" if r["note"] else name,
                 seconds(r["seconds"]),
                 f"{seconds(r['p10'])} – {seconds(r['p90'])}",
-                "1" if name == OURS else ratio(r["ratio"]),
+                "1" if name == OURS else f"×{ratio(r['ratio'])}" if ours(name) else ratio(r["ratio"]),
                 f"{r['gflops']:.3g}",
                 f"{r['gbytes_per_second']:.3g}",
                 "–" if r["share"] is None else f"{r['share']:.0%}",
@@ -81,6 +82,55 @@ def against_the_fastest(rows: Sequence[Row]) -> list[Summary]:
         if best is not None and row["varied"] is None:
             found.setdefault((row["op"], row["dtype"]), []).append(best[1])
     return [(*of, len(x), geometric_mean(x), min(x), max(x)) for of, x in found.items()]
+
+
+FAMILY_HEADER = ("family", "dtype", "against", "cases", "geometric mean", "least", "where")
+# Peers that are one, each case at its best: nobody uses the slower layout, or the slower engine.
+GROUPS = {
+    "sdpa, better layout": ("sdpa", "sdpa-strided"),
+    "openvino, onnxruntime": ("openvino", "onnxruntime"),
+}
+
+
+def family_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Ratios to each peer over the cases of a family, the part of a case's name before the first slash."""
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["varied"] is not None:
+            continue
+        ratios = {name: r["ratio"] for name, r in row["results"].items() if not ours(name)}
+        for group, members in GROUPS.items():
+            together = [ratios[name] for name in members if name in ratios]
+            if together:
+                ratios[group] = min(together)
+        for member in GROUPS["sdpa, better layout"]:
+            ratios.pop(member, None)
+        family, _, rest = row["case"].partition("/")
+        for name, value in ratios.items():
+            of = found.setdefault((f"{row['op']}/{family}", row["dtype"], name), {})
+            of[rest.removesuffix(f"/{row['dtype']}")] = value
+    lines = []
+    for (family, dtype, name), of in found.items():
+        least = min(of, key=lambda case: of[case])
+        numbers = ratio(geometric_mean(list(of.values()))), ratio(of[least])
+        if len(of) > 1:
+            lines.append((family, dtype, name, str(len(of)), *numbers, least))
+    return lines
+
+
+def variants(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    """Tables of our own call with something added: header, and a line for each case that has such."""
+    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for row in rows:
+        names = [name for name in [*row["results"], *row["wrong"]] if ours(name) and name != OURS]
+        if not names or OURS not in row["results"]:
+            continue
+        cells = [
+            "wrong" if name in row["wrong"] else f"×{ratio(row['results'][name]['ratio'])}" for name in names
+        ]
+        time = seconds(row["results"][OURS]["seconds"])
+        found.setdefault(("case", OURS, *names), []).append((f"{row['op']}/{row['case']}", time, *cells))
+    return list(found.items())
 
 
 def reasons(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
@@ -133,6 +183,20 @@ def growth(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float, fl
         for points in contenders.values():
             points.sort()
     return found
+
+
+GROWTH_HEADER = ("varied", "who", "values", "time", "slope of time", "slope of memory")
+
+
+def growth_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    lines = []
+    for what, contenders in growth(rows).items():
+        for name, points in contenders.items():
+            slopes = [f"{slope([(p[0], p[i]) for p in points if p[i]]):.2f}" for i in (1, 2)]
+            first, last = points[0], points[-1]
+            span = f"{seconds(first[1])} → {seconds(last[1])}"
+            lines.append((what, name, f"{first[0]} … {last[0]}", span, *slopes))
+    return lines
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:

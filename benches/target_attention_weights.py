@@ -16,6 +16,7 @@ from benches.lengths import log_normal
 
 OP = "target_attention_weights"
 OURS, PEERS = 2.0, 10.0
+ORDERS = 4  # as target_attention's
 
 
 def count(pairs: int, rows: int, events: int, *, heads: int, dim: int, size: int, top: int | None) -> Counts:
@@ -64,30 +65,37 @@ class WeightsProblem:
         return attnrec.explain(attnrec.target_attention_weights, *self.arguments, top=self.top).backend
 
     @cached_property
-    def expected(self) -> tuple[Tensor, Tensor]:
-        """All weights by plain PyTorch and exactly."""
+    def expected(self) -> tuple[list[Tensor], Tensor]:
+        """All weights by plain PyTorch, in several orders of summation, and exactly."""
         wide = [x.double() if x.is_floating_point() else x for x in self.arguments]
-        return tuple(reference.target_attention_weights(*given)[0] for given in (self.arguments, wide))
+        query, key, *of = self.arguments
+        generator = torch.Generator().manual_seed(1)
+        orders = [torch.randperm(query.shape[-1], generator=generator) for _ in range(ORDERS)]
+        given = [self.arguments, *((query[..., order], key[..., order], *of) for order in orders)]
+        *ways, exact = (reference.target_attention_weights(*x)[0] for x in (*given, wide))
+        return ways, exact
 
     def check(self, results: Sequence[Tensor], *, ours: bool) -> Verdict:
         factor = OURS if ours else PEERS
-        plain, exact = self.expected
+        ways, exact = self.expected
         if self.top is None:
-            return compare(results, [plain], [exact], factors=[factor], names=["weights"])
+            return compare(results, [[x] for x in ways], [exact], factors=[factor], names=["weights"])
         weights, events = results
-        best_plain, best_exact, named = [], [], []
-        for of_plain, of_exact, ids in zip(
-            self._by_user(plain), self._by_user(exact), events.split(self.batch.candidates), strict=True
-        ):
+        named = []
+        for of_user, ids in zip(self._by_user(exact), events.split(self.batch.candidates), strict=True):
+            if ids.min() < 0 or ids.max() >= of_user.shape[-1]:
+                return Verdict(float("nan"), 0.0, "an event that the user has not")
             if (ids.sort(-1).values.diff(dim=-1) == 0).any():
                 return Verdict(float("nan"), 0.0, "an event named twice")
-            best_plain.append(of_plain.topk(self.top, dim=-1).values)
-            best_exact.append(of_exact.topk(self.top, dim=-1).values)
-            named.append(of_exact.gather(-1, ids))
+            named.append(of_user.gather(-1, ids))
         names = ["weights", "exact weights of the named events"]
-        limit = [torch.cat(best_plain)] * 2, [torch.cat(best_exact)] * 2
+        limits = [[self._heaviest(x)] * 2 for x in ways], [self._heaviest(exact)] * 2
         got = [weights, torch.cat(named).to(weights.dtype)]
-        return compare(got, *limit, factors=[factor] * 2, names=names)
+        return compare(got, *limits, factors=[factor] * 2, names=names)
+
+    def _heaviest(self, weights: Tensor) -> Tensor:
+        """`[T_c, H, top]`"""
+        return torch.cat([of_user.topk(self.top, dim=-1).values for of_user in self._by_user(weights)])
 
     def _by_user(self, weights: Tensor) -> list[Tensor]:
         """`[C, H, L]` of each user."""

@@ -145,14 +145,17 @@ class StepProblem:
             return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), self.target)
 
         return self.contender(
-            model, torch.compile(loss, dynamic=False) if compiled else loss, "padding not timed"
+            model,
+            torch.compile(loss, dynamic=False) if compiled else loss,
+            "padding not timed",
         )
 
     @cached_property
-    def expected(self) -> tuple[list[Tensor], list[Tensor]]:
+    def expected(self) -> tuple[list[list[Tensor]], list[Tensor]]:
         exact = self._model().to(self.device, torch.float64)
         exact.load_state_dict(self.model.state_dict())
-        return tuple(list(self.padded(model).call()) for model in (self.model, exact))
+        plain, wide = (list(self.padded(model).call()) for model in (self.model, exact))
+        return [plain], wide
 
     def check(self, results: Sequence[Tensor], *, ours: bool) -> Verdict:
         names = ["loss", *(f"gradient of {name}" for name, _ in self.model.named_parameters())]

@@ -106,7 +106,7 @@ class Planted:
 
     def check(self, results, *, ours):
         exact = torch.tensor([1.0, 2.0, 3.0])
-        return hold_against(results, [exact], [exact.double()], factors=[2.0], names=["out"])
+        return hold_against(results, [[exact]], [exact.double()], factors=[2.0], names=["out"])
 
 
 def _refuses(problem):
@@ -172,12 +172,31 @@ def test_the_rule_of_comparison():
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     plain = exact.float() + torch.tensor([0.0, 0.01])
     how = {"factors": [2.0], "names": ["out"]}
-    assert hold_against([plain + 0.009], [plain], [exact], **how).right
-    assert not hold_against([plain + 0.012], [plain], [exact], **how).right
+    last = torch.tensor([0.0, 1.0])
+    assert hold_against([plain + 0.009 * last], [[plain]], [exact], **how).right
+    assert not hold_against([plain + 0.012 * last], [[plain]], [exact], **how).right
     infinite = torch.tensor([1.0, -torch.inf])
-    assert hold_against([infinite], [infinite], [infinite.double()], **how).right
-    assert not hold_against([torch.tensor([1.0, 0.0])], [infinite], [infinite.double()], **how).right
-    assert not hold_against([], [plain], [exact], **how).right
+    assert hold_against([infinite], [[infinite]], [infinite.double()], **how).right
+    assert not hold_against([torch.tensor([1.0, 0.0])], [[infinite]], [infinite.double()], **how).right
+    assert not hold_against([], [[plain]], [exact], **how).right
+
+
+def test_the_rule_takes_the_worst_of_several_ways_of_plain_pytorch():
+    exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    lucky, unlucky = exact.float(), exact.float() + torch.tensor([0.0, 0.01])
+    how = {"factors": [2.0], "names": ["out"]}
+    assert not hold_against([exact + 0.01], [[lucky]], [exact], **how).right
+    assert hold_against([exact + 0.01], [[lucky], [unlucky]], [exact], **how).right
+
+
+def test_the_rule_sees_a_small_error_of_all_elements():
+    """Below the largest error of plain PyTorch, which is one element's."""
+    exact = torch.ones(1000, dtype=torch.float64)
+    plain = exact.float()
+    plain[3] += 0.01
+    verdict = hold_against([exact + 0.005], [[plain]], [exact], factors=[2.0], names=["out"])
+    assert not verdict.right
+    assert verdict.what == "out (mean)"
 
 
 # --- measuring ----------------------------------------------------------------------------------------------

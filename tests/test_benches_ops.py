@@ -8,6 +8,7 @@ from benches import (
     catalog_cross_entropy,
     catalog_topk,
     fused_multi_head_attention,
+    queueing,
     registry,
     serving,
     softmax_score,
@@ -64,21 +65,34 @@ def test_catalog_cross_entropy():
     assert problem.counts().exps == 2 * 6 * 50
 
 
-def test_module():
+def test_module_where_the_history_is_projected():
     problem, training = (
-        fused_multi_head_attention.ModuleProblem(3, [7, 7], 16, 2, "fp32", CPU, train)
+        fused_multi_head_attention.ModuleProblem(30, [7, 7], 16, 2, "fp32", CPU, train)
         for train in (False, True)
     )
     counted = _flops(fused_multi_head_attention.hand_written(problem).call)
     assert problem.counts().flops == counted
-    attention = 4 * 2 * 3 * 7 * 16
+    attention = 4 * 2 * 30 * 7 * 16
     assert training.counts().flops == 3 * (counted - attention) + 7 / 2 * attention
 
 
+def test_module_where_the_queries_are_projected():
+    """One candidate, a long history: written out as plain products, by what torch counts of them."""
+    problem = fused_multi_head_attention.ModuleProblem(1, [70], 16, 2, "fp32", CPU, False)
+    query, history, weight = problem.query[0], problem.history[0], torch.randn(2, 8, 16)
+
+    def absorbed():
+        heads = (query @ torch.randn(16, 16)).view(2, 1, 8) @ weight  # into the history's space, [H, 1, E]
+        found = (heads @ history.T).softmax(-1) @ history
+        return (found @ weight.transpose(1, 2)).view(1, 16) @ torch.randn(16, 16)
+
+    assert problem.counts().flops == _flops(absorbed)
+
+
 def test_module_counts_real_events_only():
-    padded = fused_multi_head_attention.ModuleProblem(3, [7, 2], 16, 2, "fp32", CPU, False).counts()
+    padded = fused_multi_head_attention.ModuleProblem(30, [7, 2], 16, 2, "fp32", CPU, False).counts()
     packed = [
-        fused_multi_head_attention.ModuleProblem(3, [n], 16, 2, "fp32", CPU, False).counts().flops
+        fused_multi_head_attention.ModuleProblem(30, [n], 16, 2, "fp32", CPU, False).counts().flops
         for n in (7, 2)
     ]
     assert padded.flops == sum(packed)
@@ -169,12 +183,32 @@ def test_gpu_peers_refuse_the_cpu():
 # --- the service --------------------------------------------------------------------------------------------
 
 
+def test_the_service_is_the_recommenders_model():
+    model = serving.ranking_model()
+    assert type(model) is serving.Ranking
+    fused = [m for m in model.modules() if isinstance(m, serving.FusedMultiHeadAttention)]
+    assert len(fused) == 1 + serving.CONFIG.layers
+    plain = serving.by_pytorch(model)
+    assert not [m for m in plain.modules() if isinstance(m, serving.FusedMultiHeadAttention)]
+    assert len([m for m in plain.modules() if isinstance(m, serving.PaddedAttention)]) == len(fused)
+
+
+def test_service_counts():
+    """Of one request nothing is padded, and torch counts what its own attention does not hide."""
+    problem = serving.ServingProblem(serving.requests(1), "fp32", CPU)
+    (request,) = problem.batch
+    candidates, events, dim = len(request.candidates), len(request.history), serving.CONFIG.dim
+    hidden = 4 * dim * (candidates * events + serving.CONFIG.layers * events * (events + 1) // 2)
+    counted = _flops(serving.plain(problem).call)
+    assert problem.counts().flops == counted + hidden
+
+
 def test_a_queue_by_hand():
     """Three requests, two seconds each, one at a time: the second waits one second, the third two."""
     seconds = iter([0.0, 2.0] * 3)
     stream = serving.requests(3)
     taken = []
-    found = serving.simulate(
+    found = queueing.simulate(
         [lambda batch: taken.append(len(batch))], stream, [0.0, 1.0, 2.0], most=1, clock=lambda: next(seconds)
     )
     assert found == [[2.0, 3.0, 4.0]]
@@ -184,7 +218,7 @@ def test_a_queue_by_hand():
 def test_those_who_wait_are_taken_together():
     seconds = iter([0.0, 2.0] * 3)
     taken = []
-    found = serving.simulate(
+    found = queueing.simulate(
         [lambda batch: taken.append(len(batch))],
         serving.requests(5),
         [0.0, 0.5, 1.0, 1.5, 10.0],
@@ -197,20 +231,23 @@ def test_those_who_wait_are_taken_together():
 
 def test_services_answer_alike():
     problem = serving.ServingProblem(serving.requests(3), "fp32", CPU)
-    ours, plain = (make(problem.model)(problem.batch) for make in (serving.packed, serving.padded))
+    ours, plain = (
+        serving.answers(serving.MODELS[name](problem.model), torch.float32, CPU)(problem.batch)
+        for name in ("attnrec", "pytorch")
+    )
     for mine, other, request in zip(ours, plain, problem.batch, strict=True):
         assert mine.shape == request.candidates.shape
         torch.testing.assert_close(mine, other)
 
 
 def test_poisson_has_its_rate():
-    arrivals = serving.poisson(20_000, 50.0)
+    arrivals = queueing.poisson(20_000, 50.0)
     assert arrivals == sorted(arrivals)
     assert arrivals[-1] == pytest.approx(400.0, rel=0.05)
 
 
 def test_summary():
-    found = serving.summary([1.0] * 99 + [3.0], [float(i) for i in range(100)])
+    found = queueing.summary([1.0] * 99 + [3.0], [float(i) for i in range(100)])
     assert found["p50"] == 1.0
     assert found["p95"] == 1.0
     assert found["p99"] > 1.0

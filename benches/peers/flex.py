@@ -23,8 +23,8 @@ def attention(batch: Batch) -> Contender:
     if batch.train and batch.device.type == "cpu":
         raise Refused("flex_attention has no gradient on the CPU")
     torch._dynamo.reset()
-    options = _options(batch.device)
-    function = partial(torch.compile(flex_attention, options=options), enable_gqa=batch.grouped)
+    compiled = torch.compile(flex_attention)
+    function = partial(compiled, enable_gqa=batch.grouped)
     if batch.dense and not batch.causal:
         return torch_contender(batch, function, CONTIGUOUS)
     user_of_row = _user_of(batch.candidates, batch.device)
@@ -41,16 +41,6 @@ def attention(batch: Batch) -> Contender:
     return torch_contender(
         batch, partial(function, block_mask=mask), ONE_SEQUENCE, note="block mask not timed"
     )
-
-
-def _options(device: torch.device) -> dict[str, int]:
-    """Torch 2.13 asserts that the processor's vectors are of its class AVX-512 or AVX2; those with VNNI and
-    without AMX are of another one: there code for AVX2 is the best that can be had."""
-    from torch._inductor import cpu_vec_isa as isa
-
-    best = isa.pick_vec_isa() if device.type == "cpu" else None
-    falls = isinstance(best, isa.VecISA) and best.bit_width() == 512 and not isinstance(best, isa.VecAVX512)
-    return {"cpp.simdlen": 256} if falls else {}
 
 
 def _user_of(counts: list[int], device: torch.device) -> Tensor:

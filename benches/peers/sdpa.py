@@ -49,6 +49,8 @@ def loop(batch: Batch) -> Contender:
 
 def nested(batch: Batch) -> Contender:
     """Nested tensors of torch's jagged layout."""
+    if batch.grouped:
+        raise Refused("nested tensors have no grouped heads")
     lengths = {"max_seqlen": max(batch.candidates)}, {"max_seqlen": max(batch.events)}
     q_offsets, kv_offsets, function = batch.q_offsets, batch.kv_offsets, _function(batch)
 

@@ -90,6 +90,19 @@ class TestAgainstReference:
         check(batch.to(device), slack=4.0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_huge_logits_beside_others(device, dtype):
+    """What a kernel does for the one kind must not reach the other."""
+    batch = make_jagged([40], [300], heads=2, dim=16, dtype=dtype, options=["self"])
+    query = batch.query.clone()
+    query[::3] *= 30
+    batch = batch.with_(query=query).to(device)
+    check(batch, slack=4.0)
+    for chosen in (torch.arange(0, 40, 3), torch.arange(1, 40, 3)):
+        for x, y in zip(attend(of_rows(batch, chosen)), attend(batch), strict=True):
+            assert torch.equal(x, y[chosen])
+
+
 def test_a_row_that_sees_nothing_has_zeros_and_minus_infinity(device):
     batch = mixed().to(device)
     hidden = torch.full(batch.key.shape[:1] + batch.query.shape[1:2], -INF, device=device)

@@ -85,14 +85,16 @@ struct CrossEntropyReadout {
 template <class V>
 int64_t catalog_cross_entropy_unit(const Attention& a, const Unit& unit, void* memory,
                                    const CrossEntropyRows& rows, const CrossEntropyParts& parts) {
-  Arena arena(memory);
-  StreamScratch<V> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
-  CrossEntropyReadout<V> readout(arena, unit, rows, parts);
-  if (!memory) return arena.used();
-  readout.begin();
-  stream<V>(a, unit, scratch, readout);
-  readout.finish();
-  return arena.used();
+  return with_products<V>(a.element, [&](auto products) {
+    Arena arena(memory);
+    StreamScratch<V, decltype(products)> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+    CrossEntropyReadout<V> readout(arena, unit, rows, parts);
+    if (!memory) return arena.used();
+    readout.begin();
+    stream(a, unit, scratch, readout);
+    readout.finish();
+    return arena.used();
+  });
 }
 
 // Logits of rows first … first + n for one item each, `items` having a row for each row: the targets, with
@@ -258,7 +260,7 @@ int64_t catalog_cross_entropy_backward_unit(const Attention& a, const Unit& unit
   CrossEntropyGradientReadout<V> readout(arena, a, unit, span, rows, gradient);
   if (!memory) return arena.used();
   readout.begin();
-  stream<V>(a, unit, scratch, readout);
+  stream(a, unit, scratch, readout);
   return arena.used();
 }
 

@@ -94,14 +94,16 @@ template <class V>
 int64_t catalog_topk_unit(const Attention& a, const Unit& unit, void* memory, const TopkOptions& options,
                           const TopkParts& parts) {
   const int span = packed_events<V>(unit.rows, a.head_dim);
-  Arena arena(memory);
-  StreamScratch<V> scratch(arena, span, a.head_dim);
-  TopkReadout<V> readout(arena, a, unit, span, options);
-  if (!memory) return arena.used();
-  readout.begin();
-  stream<V>(a, unit, scratch, readout);
-  readout.finish(parts);
-  return arena.used();
+  return with_products<V>(a.element, [&](auto products) {
+    Arena arena(memory);
+    StreamScratch<V, decltype(products)> scratch(arena, span, a.head_dim);
+    TopkReadout<V> readout(arena, a, unit, span, options);
+    if (!memory) return arena.used();
+    readout.begin();
+    stream(a, unit, scratch, readout);
+    readout.finish(parts);
+    return arena.used();
+  });
 }
 
 }  // namespace

@@ -289,5 +289,64 @@ ATTNREC_INLINE typename V::Real dot(const typename V::Real* a, const typename V:
   return V::sum(sum);
 }
 
+// How a tier multiplies. `Item` is what packed keys, query rows and values are made of; here every element as
+// a working number. `Pairs` (pairs-inl.h) is the other way, for bf16.
+template <class V>
+struct Numbers {
+  using Real = typename V::Real;
+  using Item = Real;
+  static constexpr bool kShortExp = false;
+
+  static int depth(int head_dim) { return head_dim; }
+
+  static void pack_keys(const void* data, Element element, int64_t stride, int n, int head_dim,
+                        const Real* hide, Item* panels) {
+    pack_panels<V>(data, element, stride, n, head_dim, hide, panels);
+  }
+
+  // A query row, times `factor`, among the block's; `row` is room for it.
+  static void load_query(const void* data, Element element, int head_dim, Real factor, Real* row, int r,
+                         Item* rows) {
+    load_row<V>(data, element, head_dim, factor, row);
+    interleave_row<V>(row, head_dim, r, rows);
+  }
+
+  static void clear_query(int head_dim, int r, Item* rows) {
+    for (int d = 0; d < head_dim; d++) rows[d * V::kRows + r] = 0;
+  }
+
+  static void scores(int rows, const Item* queries, const Item* panel, int panels, int head_dim, Real,
+                     Real* to) {
+    attnrec::cpu::scores<V>(rows, queries, panel, panels, head_dim, to);
+  }
+
+  // Values of packed events.
+  struct Values {
+    Values(Arena& arena, int span, int head_dim)
+        : width(padded<V>(head_dim)), copied(arena.take<Real>(static_cast<int64_t>(span) * width)) {}
+
+    void pack(const void* data, Element element, int64_t stride, int n, int head_dim, const Real* hide,
+              bool copy_anyway) {
+      values = event_rows<V>(data, element, stride, n, head_dim, hide, copy_anyway, copied, &value_stride);
+    }
+
+    // Takes in weights i … of a tile's row r.
+    ATTNREC_MEMBER void keep(int r, int i, typename V::Reg weights, Real* scores) {
+      V::store(scores + r * kKeys + i, weights);
+    }
+
+    // out += weights · values for a tile of a block's rows, `width` apart.
+    void accumulate_seen(int rows, const int* seen, const Real* scores, int packed_event, Real* out) {
+      attnrec::cpu::accumulate_seen<V>(rows, seen, scores, values + packed_event * value_stride, value_stride,
+                                       width, out, width);
+    }
+
+    int width;
+    Real* copied;
+    const Real* values = nullptr;
+    int64_t value_stride = 0;
+  };
+};
+
 }  // namespace
 }  // namespace attnrec::cpu

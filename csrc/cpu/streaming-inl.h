@@ -7,7 +7,7 @@
 // arithmetic, so that a row's bits do not depend on its neighbours (the contract's batch invariance).
 #pragma once
 
-#include "cpu/products-inl.h"
+#include "cpu/pairs-inl.h"
 
 namespace attnrec::cpu {
 namespace {
@@ -39,25 +39,27 @@ struct Tile {
   typename V::Real* scores;
 };
 
-template <class V>
+template <class V, class Products = Numbers<V>>
 struct StreamScratch {
   int span;  // events packed at once, a multiple of kKeys
-  typename V::Real *panels, *bias, *row, *rows, *scores;
+  typename Products::Item *panels, *rows;
+  typename V::Real *bias, *row, *scores;
 
   StreamScratch(Arena& arena, int packed, int head_dim)
       : span(packed),
-        panels(arena.take<typename V::Real>(static_cast<int64_t>(span) * head_dim)),
+        panels(arena.take<typename Products::Item>(static_cast<int64_t>(span) * Products::depth(head_dim))),
+        rows(arena.take<typename Products::Item>(V::kRows * Products::depth(head_dim))),
         bias(arena.take<typename V::Real>(span)),
         row(arena.take<typename V::Real>(padded<V>(head_dim))),
-        rows(arena.take<typename V::Real>(V::kRows * head_dim)),
         scores(arena.take<typename V::Real>(V::kRows * kKeys)) {}
 };
 
 // Runs one unit. `readout.pack(first_event, n, hide)` prepares whatever else the readout needs of the packed
 // events (values), `readout.tile(Tile)` reads a tile of scores out. With a key_bias a unit holds one head
 // only.
-template <class V, class Readout>
-void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratch, Readout& readout) {
+template <class V, class Products, class Readout>
+void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Products>& scratch,
+            Readout& readout) {
   using Real = typename V::Real;
   constexpr int W = V::kWidth;
   const int D = a.head_dim, span = scratch.span;
@@ -76,8 +78,8 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratc
         scratch.bias[i] = load_element<Real>(a.key_bias, index, a.bias_element) * static_cast<Real>(a.units);
       }
     }
-    pack_panels<V>(a.key.at(event0 + packed, unit.kv_head, a.element), a.element, a.key.row_stride, n, D,
-                   bias, scratch.panels);
+    Products::pack_keys(a.key.at(event0 + packed, unit.kv_head, a.element), a.element, a.key.row_stride, n, D,
+                        bias, scratch.panels);
     readout.pack(packed, n, bias);
 
     for (int row = 0; row < unit.rows; row += V::kRows) {
@@ -86,9 +88,8 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratc
       for (int r = 0; r < rows; r++) {
         seen_by[r] = seen_events(a, unit, row + r);
         most = greatest(most, seen_by[r]);
-        load_row<V>(a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element), a.element, D,
-                    factor, scratch.row);
-        interleave_row<V>(scratch.row, D, r, scratch.rows);
+        Products::load_query(a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element),
+                             a.element, D, factor, scratch.row, r, scratch.rows);
       }
       for (int begin = 0; begin < n && packed + begin < most; begin += kKeys) {
         int seen[V::kRows];
@@ -97,8 +98,9 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V>& scratc
               static_cast<int>(greatest(0, least(least(kKeys, n - begin), seen_by[r] - packed - begin)));
         }
         const int count = static_cast<int>(least(least(kKeys, n - begin), most - packed - begin));
-        scores<V>(rows, scratch.rows, scratch.panels + static_cast<int64_t>(begin) * D,
-                  (count + 2 * W - 1) / (2 * W), D, scratch.scores);
+        Products::scores(rows, scratch.rows,
+                         scratch.panels + static_cast<int64_t>(begin) * Products::depth(D),
+                         (count + 2 * W - 1) / (2 * W), D, factor, scratch.scores);
         for (int r = 0; r < rows; r++) {
           Real* s = scratch.scores + r * kKeys;
           if (bias) {
@@ -130,80 +132,112 @@ ATTNREC_INLINE typename V::Reg exp_of(typename V::Reg x) {
   return V::fma(power, V::mul(lost, V::set1(static_cast<Real>(kLn2))), power);
 }
 
-// The running maximum and sum of each row's softmax. `lanes` holds the sum in V::kWidth parts. Scores come in
+// What exponentials are taken relative to. `kRunningMaximum` is safe for any score. `kNothing` saves finding
+// the maximum and rescaling what was summed, 10 to 20 % of a forward pass, and serves a row whose sum stays
+// `in_range`.
+enum class Base { kRunningMaximum, kNothing };
+
+// The maximum and sum of each row's softmax so far. `lanes` holds the sum in V::kWidth parts. Scores come in
 // base 2, or with kNatural as they are: a multiplication more, but a maximum that is a result's own number,
-// so that what is later taken from it cancels exactly.
-template <class V, bool kNatural = false>
+// so that what is later taken from it cancels exactly. With kShort exponentials are exact to 3e-6 only.
+template <class V, bool kNatural = false, Base kBase = Base::kRunningMaximum, bool kShort = false>
 struct RunningSoftmax {
-  typename V::Real *maximum, *lanes;
+  using Real = typename V::Real;
+  static constexpr int W = V::kWidth;
+  Real *maximum, *lanes;
 
   RunningSoftmax(Arena& arena, int rows)
-      : maximum(arena.take<typename V::Real>(rows)),
-        lanes(arena.take<typename V::Real>(static_cast<int64_t>(rows) * V::kWidth)) {}
+      : maximum(arena.take<Real>(rows)), lanes(arena.take<Real>(static_cast<int64_t>(rows) * W)) {}
 
   void clear(int rows) {
     for (int r = 0; r < rows; r++) start(r, -std::numeric_limits<float>::infinity(), 0);
   }
-  // Starts a row from one score with the given weight: the self slot, or nothing.
-  void start(int row, typename V::Real score, typename V::Real weight) {
+  // Starts a row from one score with the given weight: the self slot, or nothing. Returns what its value is
+  // to be multiplied by.
+  Real start(int row, Real score, Real weight) {
+    Real* sum = lanes + static_cast<int64_t>(row) * W;
+    V::store(sum, V::zero());
     maximum[row] = score;
-    V::store(lanes + static_cast<int64_t>(row) * V::kWidth, V::zero());
-    lanes[static_cast<int64_t>(row) * V::kWidth] = weight;
+    if constexpr (kBase == Base::kNothing) {
+      maximum[row] = 0;
+      Real powers[W];
+      V::store(powers, power(V::set1(score)));
+      weight *= powers[0];
+    }
+    return sum[0] = weight;
   }
   ATTNREC_INLINE typename V::Reg power(typename V::Reg x) {
-    if constexpr (kNatural) return exp_of<V>(x);
-    return V::exp2(x);
+    if constexpr (kNatural) {
+      return exp_of<V>(x);
+    } else if constexpr (kShort) {
+      return V::exp2_short(x);
+    } else {
+      return V::exp2(x);
+    }
   }
-  // Takes in seen >= 1 scores and turns them into exp2(score - maximum). Returns the factor by which all that
-  // was summed before has to be multiplied; 1 where the maximum stayed.
-  ATTNREC_INLINE typename V::Real step(RunningSoftmax& self, int row, int seen, typename V::Real* scores) {
-    using Real = typename V::Real;
-    constexpr int W = V::kWidth;
-    Real* sum = self.lanes + static_cast<int64_t>(row) * W;
+  // Takes in the maximum of seen >= 1 scores. Returns the factor by which all that was summed before has to
+  // be multiplied; 1 where the maximum stayed.
+  ATTNREC_INLINE Real raise(RunningSoftmax& self, int row, int seen, const Real* scores) {
+    if constexpr (kBase == Base::kNothing) return 1;
     typename V::Reg top = V::load(scores);
     for (int i = W; i < seen; i += W) top = V::max(top, V::load(scores + i));
     const Real before = self.maximum[row], highest = V::maximum(top);
-    Real rescale = 1;
+    if (!(highest > before)) return 1;
+    self.maximum[row] = highest;
+    Real factor[W];
+    V::store(factor, power(V::set1(before - highest)));
+    Real* sum = self.lanes + static_cast<int64_t>(row) * W;
+    V::store(sum, V::mul(V::load(sum), V::set1(factor[0])));
+    return factor[0];
+  }
+  // Adds up exp2(score - maximum) of `seen` scores, and hands each register of them to sink(i, powers).
+  template <class Sink>
+  ATTNREC_INLINE void add(RunningSoftmax& self, int row, int seen, const Real* scores, Sink&& sink) {
+    Real* sum = self.lanes + static_cast<int64_t>(row) * W;
     typename V::Reg total = V::load(sum);
-    if (highest > before) {
-      self.maximum[row] = highest;
-      Real factor[W];
-      V::store(factor, power(V::set1(before - highest)));
-      rescale = factor[0];
-      total = V::mul(total, V::set1(rescale));
-    }
     const typename V::Reg base = V::set1(self.base(row));
     for (int i = 0; i < seen; i += W) {
-      const typename V::Reg p = power(V::sub(V::load(scores + i), base));
-      V::store(scores + i, p);
+      const typename V::Reg score = V::load(scores + i);
+      const typename V::Reg p = power(kBase == Base::kNothing ? score : V::sub(score, base));
+      sink(i, p);
       total = V::add(total, p);
     }
     V::store(sum, total);
+  }
+  // Takes in seen >= 1 scores and turns them into exp2(score - maximum). Returns `raise`'s factor.
+  ATTNREC_INLINE Real step(RunningSoftmax& self, int row, int seen, Real* scores) {
+    const Real rescale = raise(self, row, seen, scores);
+    add(self, row, seen, scores, [&](int i, typename V::Reg p) ATTNREC_LAMBDA { V::store(scores + i, p); });
     return rescale;
   }
   // The maximum, or 0 where all is hidden so far: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.
-  typename V::Real base(int row) const {
-    return maximum[row] == -std::numeric_limits<typename V::Real>::infinity() ? 0 : maximum[row];
+  Real base(int row) const {
+    return maximum[row] == -std::numeric_limits<Real>::infinity() ? 0 : maximum[row];
   }
-  typename V::Real sum(int row) const {
-    return V::sum(V::load(lanes + static_cast<int64_t>(row) * V::kWidth));
+  Real sum(int row) const { return V::sum(V::load(lanes + static_cast<int64_t>(row) * W)); }
+  // Whether weights relative to the row's base, and their products with values of usual size, neither
+  // overflowed nor vanished.
+  bool in_range(int row) const {
+    const Real total = sum(row);
+    return kBase == Base::kRunningMaximum || (total > Real{1e-20f} && total < Real{1e20f});
   }
-  typename V::Real inverse_sum(int row) const {
-    const typename V::Real total = sum(row);
+  Real inverse_sum(int row) const {
+    const Real total = sum(row);
     return total == 0 ? 0 : 1 / total;
   }
   // In nats; -inf for a row that has seen nothing. In double, so that it is rounded once: what is recomputed
   // from it, exp(s - lse), is off by that rounding.
-  typename V::Real lse(int row) const {
+  Real lse(int row) const {
     const double total = sum(row), unit = kNatural ? 1 : kLn2;
-    return static_cast<typename V::Real>(total == 0 ? -std::numeric_limits<double>::infinity()
-                                                    : maximum[row] * unit + std::log(total));
+    return static_cast<Real>(total == 0 ? -std::numeric_limits<double>::infinity()
+                                        : maximum[row] * unit + std::log(total));
   }
 };
 
 // The score of row r's self slot, in base 2 as a tile's scores are.
-template <class V>
-typename V::Real self_score(const Attention& a, const Unit& unit, int r, const StreamScratch<V>& scratch) {
+template <class V, class Products>
+typename V::Real self_score(const Attention& a, const Unit& unit, int r,
+                            const StreamScratch<V, Products>& scratch) {
   const int64_t c = unit.candidate(r);
   load_row<V>(a.query.at(c, unit.query_head(r), a.element), a.element, a.head_dim,
               static_cast<typename V::Real>(a.scale * a.units), scratch.row);
@@ -211,15 +245,14 @@ typename V::Real self_score(const Attention& a, const Unit& unit, int r, const S
   return dot<V>(scratch.row, scratch.scores, padded<V>(a.head_dim));
 }
 
-// The softmax of a unit's rows before their first event: nothing, or the self slot with maximum = its score,
-// sum = 1.
-template <class V>
-void start_softmax(const Attention& a, const Unit& unit, const StreamScratch<V>& scratch,
-                   RunningSoftmax<V>& softmax) {
+// The softmax of a unit's rows before their first event: nothing, or the self slot.
+template <class V, class Products, class Softmax>
+void start_softmax(const Attention& a, const Unit& unit, const StreamScratch<V, Products>& scratch,
+                   Softmax& softmax) {
   softmax.clear(unit.rows);
   if (!a.self_key.data) return;
   for (int r = 0; r < unit.rows; r++) {
-    const typename V::Real score = self_score<V>(a, unit, r, scratch);
+    const typename V::Real score = self_score(a, unit, r, scratch);
     softmax.start(r, score,
                   score - score + 1);  // 1, but NaN where the score is: no event may come to bring it in
   }

@@ -13,9 +13,10 @@
 namespace attnrec::cpu {
 namespace {
 
-template <class V>
+template <class V, class Products>
 struct Backward {
   using Real = typename V::Real;
+  using Item = typename Products::Item;
   static constexpr int W = V::kWidth;
   // Rows whose P and dS are kept before they are multiplied into dV and dK: long sums, and 2 x 64 KiB of L2.
   static constexpr int kChunk = 64 / V::kRows * V::kRows;
@@ -35,18 +36,18 @@ struct Backward {
     grad_key = arena.take<Real>(events * width);
     grad_value = arena.take<Real>(events * width);
     grad_bias = arena.take<Real>(a.key_bias ? round_up(events, kKeys) : 0);
-    value_panels = arena.take<Real>(static_cast<int64_t>(span(a.head_dim)) * a.head_dim);
+    value_panels = arena.take<Item>(static_cast<int64_t>(span(a.head_dim)) * Products::depth(a.head_dim));
     copied = arena.take<Real>(static_cast<int64_t>(span(a.head_dim)) * width);
     query = arena.take<Real>(int64_t{kChunk} * width);
     grad_out = arena.take<Real>(int64_t{kChunk} * width);
-    grad_out_rows = arena.take<Real>(V::kRows * a.head_dim);
+    grad_out_rows = arena.take<Item>(V::kRows * Products::depth(a.head_dim));
     grad_weight = arena.take<Real>(V::kRows * kKeys);
     weight = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
     grad_score = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
     self = arena.take<Real>(3 * int64_t{width});
   }
 
-  void begin(const StreamScratch<V>& scratch) {
+  void begin(const StreamScratch<V, Products>& scratch) {
     const int64_t events = whole.last_event - whole.first_event;
     clear(grad_key, events * width);
     clear(grad_value, events * width);
@@ -78,16 +79,17 @@ struct Backward {
     packed = first;
     block = -1;
     const int64_t event = a.kv_offsets[unit.user] + first;
-    pack_panels<V>(a.value.at(event, unit.kv_head, a.element), a.element, a.value.row_stride, n, a.head_dim,
-                   hide, value_panels);
+    Products::pack_keys(a.value.at(event, unit.kv_head, a.element), a.element, a.value.row_stride, n,
+                        a.head_dim, hide, value_panels);
     key = event_rows<V>(a.key.at(event, unit.kv_head, a.element), a.element, a.key.row_stride, n, a.head_dim,
                         hide, false, copied, &key_stride);
   }
 
   void tile(const Tile<V>& t) {
     if (t.first_row != block) start_block(t);
-    scores<V>(t.rows, grad_out_rows, value_panels + static_cast<int64_t>(t.packed_event) * a.head_dim,
-              (most(t.seen, t.rows) + 2 * W - 1) / (2 * W), a.head_dim, grad_weight);
+    Products::scores(t.rows, grad_out_rows,
+                     value_panels + static_cast<int64_t>(t.packed_event) * Products::depth(a.head_dim),
+                     (most(t.seen, t.rows) + 2 * W - 1) / (2 * W), a.head_dim, Real{1}, grad_weight);
     const int64_t at = (int64_t{t.packed_event} * kChunk) + int64_t{place} * kKeys;
     int seen_here[V::kRows];
     for (int r = 0; r < t.rows; r++) {
@@ -201,11 +203,11 @@ struct Backward {
   bool with_self() const { return a.self_key.data && whole.first_event == 0; }
 
   // `grad_out` holds row r's dO.
-  void start_self_slot(int r, const StreamScratch<V>& scratch) {
+  void start_self_slot(int r, const StreamScratch<V, Products>& scratch) {
     load_row<V>(a.self_value.at(whole.candidate(r), whole.kv_head, a.element), a.element, a.head_dim, 1,
                 self);
     self_grad[r] = dot<V>(grad_out, self, width);
-    self_weight[r] = exp2_of<V>(self_score<V>(a, whole, r, scratch) - base[r] - base_rest[r]);
+    self_weight[r] = exp2_of<V>(self_score(a, whole, r, scratch) - base[r] - base_rest[r]);
     if (seen_events(a, whole, r) > 0) return;
     self_weight[r] = self_weight[r] - self_weight[r] + 1;  // alone it has all the weight, but a NaN stays
     shift[r] = self_grad[r] - grad_lse(r);
@@ -249,11 +251,13 @@ struct Backward {
       if (blind) {
         clear(q, width);
         clear(d_out, width);
+        Products::clear_query(a.head_dim, r, grad_out_rows);
       } else {
         load_row<V>(a.query.at(c, h, a.element), a.element, a.head_dim, 1, q);
+        Products::load_query(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, d_out, r,
+                             grad_out_rows);
         load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, d_out);
       }
-      interleave_row<V>(d_out, a.head_dim, r, grad_out_rows);
       for (int d = 0; d < width; d += W) {
         check = V::fma(V::load(q + d), V::zero(), V::fma(V::load(d_out + d), V::zero(), check));
       }
@@ -324,9 +328,11 @@ struct Backward {
   // / scale.
   Real *base, *base_rest, *shift, *self_weight, *self_grad, *grad_query;
   Real *grad_key, *grad_value, *grad_bias;       // of its events: dK / scale, dV, dbias
-  Real *value_panels, *copied;                   // of the packed events
+  Item* value_panels;                            // of the packed events
+  Real* copied;                                  // of the packed events
   Real *query, *grad_out, *weight, *grad_score;  // of the chunk's rows; P and dS as [tile][row][kKeys]
-  Real *grad_out_rows, *grad_weight;             // of the block
+  Item* grad_out_rows;                           // of the block
+  Real* grad_weight;                             // of the block
   Real* self;                                    // of one self slot; elsewhere rows for what passes
 
   Unit unit;
@@ -341,23 +347,26 @@ struct Backward {
 template <class V>
 int64_t target_attention_backward_unit(const Attention& a, const Unit& unit, void* memory,
                                        const AttentionGradients& g, const GradQuery& grad_query) {
-  Arena arena(memory);
-  StreamScratch<V> scratch(arena, Backward<V>::span(a.head_dim), a.head_dim);
-  Backward<V> readout(arena, a, g, unit);
-  if (!memory) return arena.used();
-  readout.begin(scratch);
-  const int group = a.key_bias ? 1 : unit.group;
-  for (int head = 0; head < unit.group; head += group) {
-    Unit heads = unit;
-    heads.rows = unit.rows / unit.group * group;
-    heads.group = group;
-    heads.head = unit.head + head;
-    readout.begin_heads(heads);
-    stream<V>(a, heads, scratch, readout);
-    readout.finish_heads();
-  }
-  readout.finish(grad_query);
-  return arena.used();
+  return with_products<V>(a.element, [&](auto products) {
+    using Products = decltype(products);
+    Arena arena(memory);
+    StreamScratch<V, Products> scratch(arena, Backward<V, Products>::span(a.head_dim), a.head_dim);
+    Backward<V, Products> readout(arena, a, g, unit);
+    if (!memory) return arena.used();
+    readout.begin(scratch);
+    const int group = a.key_bias ? 1 : unit.group;
+    for (int head = 0; head < unit.group; head += group) {
+      Unit heads = unit;
+      heads.rows = unit.rows / unit.group * group;
+      heads.group = group;
+      heads.head = unit.head + head;
+      readout.begin_heads(heads);
+      stream(a, heads, scratch, readout);
+      readout.finish_heads();
+    }
+    readout.finish(grad_query);
+    return arena.used();
+  });
 }
 
 // out[i] = Σ_p parts[p · stride + i], p in order, for n numbers.

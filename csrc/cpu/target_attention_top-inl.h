@@ -100,7 +100,8 @@ struct Top {
   Top(Arena& arena, const Attention& attention, int rows, int64_t n)
       : total(arena, attention, rows), heaviest(arena, rows, n) {}
 
-  void begin(const Unit& unit, const StreamScratch<V>& scratch) {
+  template <class Products>
+  void begin(const Unit& unit, const StreamScratch<V, Products>& scratch) {
     total.begin(unit, scratch);
     heaviest.clear(unit.rows);
   }
@@ -120,25 +121,27 @@ template <class V>
 int64_t target_attention_top_unit(const Attention& a, const Unit& unit, void* memory, int64_t top,
                                   void* weights, int64_t* events) {
   using Real = typename V::Real;
-  Arena arena(memory);
-  StreamScratch<V> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
-  Top<V> readout(arena, a, unit.rows, greatest(1, least(top, a.events(unit.user))));
-  if (!memory) return arena.used();
-  readout.begin(unit, scratch);
-  stream<V>(a, unit, scratch, readout);
-  for (int r = 0; r < unit.rows; r++) {
-    readout.heaviest.sort(r);
-    const auto* entries = readout.heaviest.of(r);
-    const Real base = readout.total.softmax.base(r), inverse = readout.total.softmax.inverse_sum(r);
-    const int64_t to = (unit.candidate(r) * a.heads + unit.query_head(r)) * top;
-    for (int64_t i = 0; i < top; i++) {
-      const bool kept = i < readout.heaviest.counts[r];
-      const Real weight = kept ? exp2_of<V>(entries[i].score - base) * inverse : Real{0};
-      store_element<Real>(weights, to + i, a.element, weight);
-      events[to + i] = kept ? entries[i].event : -1;
+  return with_products<V>(a.element, [&](auto products) {
+    Arena arena(memory);
+    StreamScratch<V, decltype(products)> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+    Top<V> readout(arena, a, unit.rows, greatest(1, least(top, a.events(unit.user))));
+    if (!memory) return arena.used();
+    readout.begin(unit, scratch);
+    stream(a, unit, scratch, readout);
+    for (int r = 0; r < unit.rows; r++) {
+      readout.heaviest.sort(r);
+      const auto* entries = readout.heaviest.of(r);
+      const Real base = readout.total.softmax.base(r), inverse = readout.total.softmax.inverse_sum(r);
+      const int64_t to = (unit.candidate(r) * a.heads + unit.query_head(r)) * top;
+      for (int64_t i = 0; i < top; i++) {
+        const bool kept = i < readout.heaviest.counts[r];
+        const Real weight = kept ? exp2_of<V>(entries[i].score - base) * inverse : Real{0};
+        store_element<Real>(weights, to + i, a.element, weight);
+        events[to + i] = kept ? entries[i].event : -1;
+      }
     }
-  }
-  return arena.used();
+    return arena.used();
+  });
 }
 
 }  // namespace

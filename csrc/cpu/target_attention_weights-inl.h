@@ -13,8 +13,9 @@ struct LogSumExp {
 
   LogSumExp(Arena& arena, const Attention& attention, int rows) : a(attention), softmax(arena, rows) {}
 
-  void begin(const Unit& unit, const StreamScratch<V>& scratch) {
-    start_softmax<V>(a, unit, scratch, softmax);
+  template <class Products>
+  void begin(const Unit& unit, const StreamScratch<V, Products>& scratch) {
+    start_softmax(a, unit, scratch, softmax);
   }
   void pack(int64_t, int, const Real*) {}
   void tile(const Tile<V>& t) {
@@ -82,16 +83,18 @@ struct Weights {
 template <class V>
 int64_t target_attention_weights_unit(const Attention& a, const Unit& unit, void* memory,
                                       const int64_t* offsets, void* weights) {
-  Arena arena(memory);
-  StreamScratch<V> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
-  LogSumExp<V> total(arena, a, unit.rows);
-  Weights<V> readout(arena, a, unit.rows);
-  if (!memory) return arena.used();
-  total.begin(unit, scratch);
-  stream<V>(a, unit, scratch, total);
-  readout.begin(unit, total.softmax, offsets, weights);
-  stream<V>(a, unit, scratch, readout);
-  return arena.used();
+  return with_products<V>(a.element, [&](auto products) {
+    Arena arena(memory);
+    StreamScratch<V, decltype(products)> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+    LogSumExp<V> total(arena, a, unit.rows);
+    Weights<V> readout(arena, a, unit.rows);
+    if (!memory) return arena.used();
+    total.begin(unit, scratch);
+    stream(a, unit, scratch, total);
+    readout.begin(unit, total.softmax, offsets, weights);
+    stream(a, unit, scratch, readout);
+    return arena.used();
+  });
 }
 
 }  // namespace

@@ -5,7 +5,7 @@
 
 namespace attnrec::cpu {
 
-extern const Kernels kBaseline, kBaselineDouble, kAvx2, kAvx512;
+extern const Kernels kBaseline, kBaselineDouble, kAvx2, kAvx512, kAvx512Bf16;
 
 namespace {
 
@@ -14,22 +14,23 @@ struct Tier {
   bool (*runs_here)();
 };
 
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_avx2();
+}
+#endif
+
 // From the plainest to the best. libgcc's check covers both the processor (CPUID) and the system (XGETBV).
 const Tier kTiers[] = {
     {&kBaseline, [] { return true; }},
 #if defined(__x86_64__)
-    {&kAvx2,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     }},
-    {&kAvx512,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     }},
+    {&kAvx2, has_avx2},
+    {&kAvx512, has_avx512},
+    {&kAvx512Bf16, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 #endif
 };
 

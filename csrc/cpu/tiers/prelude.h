@@ -29,6 +29,8 @@
 #include "cpu/tiers.h"
 
 #define ATTNREC_INLINE static inline __attribute__((always_inline))
+#define ATTNREC_MEMBER inline __attribute__((always_inline))
+#define ATTNREC_LAMBDA __attribute__((always_inline))
 
 // A region compiled for an instruction set. It reaches to the end of the file: GCC gives a template that is
 // instantiated after the region's end the options of the end.

@@ -8,7 +8,8 @@ struct Avx2Vector {
   using Real = float;
   using Reg = __m256;
   static constexpr int kWidth = 8;
-  static constexpr int kRows = 6;  // 6 x 2 accumulators, 2 keys, 1 broadcast: 15 of 16 registers
+  static constexpr bool kPairs = false;  // no products of bf16 pairs
+  static constexpr int kRows = 6;        // 6 x 2 accumulators, 2 keys, 1 broadcast: 15 of 16 registers
 
   ATTNREC_INLINE Reg set1(float x) { return _mm256_set1_ps(x); }
   ATTNREC_INLINE Reg zero() { return _mm256_setzero_ps(); }

@@ -9,7 +9,8 @@ template <class T>
 struct PortableVector {
   using Real = T;
   static constexpr int kWidth = 4;
-  static constexpr int kRows = 4;  // 4 x 2 accumulators leave room in 16 registers
+  static constexpr bool kPairs = false;  // no products of bf16 pairs
+  static constexpr int kRows = 4;        // 4 x 2 accumulators leave room in 16 registers
   typedef T Reg __attribute__((vector_size(kWidth * sizeof(T))));
 
   ATTNREC_INLINE Reg set1(Real x) { return Reg{x, x, x, x}; }

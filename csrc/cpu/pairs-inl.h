@@ -1,0 +1,215 @@
+// Products of bf16 numbers as they are: two in an item, multiplied and added up in fp32 by one instruction
+// (`V::dot`), at twice the rate of fp32. Only the tiers with `V::kPairs` have it.
+#pragma once
+
+#include "cpu/products-inl.h"
+
+namespace attnrec::cpu {
+namespace {
+
+template <class V>
+struct Pairs {
+  using Real = typename V::Real;
+  using Item = uint32_t;  // elements 2i and 2i + 1
+  static constexpr int W = V::kWidth;
+  // Weights are rounded to bf16: 4e-6 in the exponential are nothing beside 2^-9.
+  static constexpr bool kShortExp = true;
+
+  static int depth(int head_dim) { return (head_dim + 1) / 2; }
+
+  // As `pack_panels`: panel[pair of d][event].
+  static void pack_keys(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide,
+                        Item* panels) {
+    const auto* from = static_cast<const BFloat16*>(data);
+    const int pairs = depth(head_dim);
+    for (int event = 0; event < round_up(n, 2 * W); event += W) {
+      Item* to = panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * pairs + event % (2 * W);
+      for (int p = 0; p < pairs; p += W) {
+        typename V::Reg r[W];
+        for (int i = 0; i < W; i++) __builtin_prefetch(from + (event + i + kPrefetchEvents) * stride + 2 * p);
+        for (int i = 0; i < W; i++) {
+          r[i] = event + i < n && !hidden(hide, event + i)
+                     ? V::load_pairs(from + (event + i) * stride + 2 * p, head_dim - 2 * p)
+                     : V::zero();
+        }
+        V::transpose(r);
+        for (int i = 0; i < W && p + i < pairs; i++) V::store_pairs(to + (p + i) * 2 * W, r[i]);
+      }
+    }
+  }
+
+  // A query row among the block's, rows[pair of d][r]. The scale comes in with `scores`.
+  static void load_query(const void* data, Element, int head_dim, Real, Real*, int r, Item* rows) {
+    const auto* from = static_cast<const BFloat16*>(data);
+    Item row[kMostHeadDim / 2];
+    row[depth(head_dim) - 1] = 0;
+    std::memcpy(row, from, static_cast<size_t>(head_dim) * sizeof *from);
+    for (int p = 0; p < depth(head_dim); p++) rows[p * V::kRows + r] = row[p];
+  }
+
+  static void clear_query(int head_dim, int r, Item* rows) {
+    for (int p = 0; p < depth(head_dim); p++) rows[p * V::kRows + r] = 0;
+  }
+
+  template <int M>
+  static void score_block(const Item* rows, const Item* panel, int panels, int head_dim, Real factor,
+                          Real* scores) {
+    const int pairs = depth(head_dim);
+    const typename V::Reg scale = V::set1(factor);
+    for (int i = 0; i < panels; i++, panel += static_cast<int64_t>(2 * W) * pairs, scores += 2 * W) {
+      typename V::Reg sum[M][2];
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = V::zero();
+#pragma GCC unroll 4
+      for (int p = 0; p < pairs; p++) {
+        const typename V::Reg k0 = V::load_pairs(panel + p * 2 * W);
+        const typename V::Reg k1 = V::load_pairs(panel + p * 2 * W + W);
+#pragma GCC unroll 8
+        for (int r = 0; r < M; r++) {
+          const typename V::Reg q = V::set1_pairs(rows[p * V::kRows + r]);
+          sum[r][0] = V::dot(sum[r][0], q, k0);
+          sum[r][1] = V::dot(sum[r][1], q, k1);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) {
+        V::store(scores + r * kKeys, V::mul(sum[r][0], scale));
+        V::store(scores + r * kKeys + W, V::mul(sum[r][1], scale));
+      }
+    }
+  }
+
+  template <int M = V::kRows>
+  static void scores(int rows, const Item* queries, const Item* panel, int panels, int head_dim, Real factor,
+                     Real* to) {
+    if constexpr (M > 1) {
+      if (rows < M) return scores<M - 1>(rows, queries, panel, panels, head_dim, factor, to);
+    }
+    score_block<M>(queries, panel, panels, head_dim, factor, to);
+  }
+
+  // Values of packed events, values[pair of events][d], and by tile whether all of them are finite.
+  struct Values {
+    Values(Arena& arena, int span, int head_dim)
+        : width(padded<V>(head_dim)),
+          items(arena.take<Item>(static_cast<int64_t>(span / 2) * width)),
+          finite(arena.take<bool>(span / kKeys)),
+          weights(arena.take<Item>(V::kRows * (kKeys / 2))) {}
+
+    void pack(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide, bool) {
+      const auto* from = static_cast<const BFloat16*>(data);
+      for (int tile = 0; tile < n; tile += kKeys) {
+        bool all = true;
+        const int end = static_cast<int>(least(n, tile + kKeys));
+        for (int i = tile; i < round_up(end, 2); i += 2) {
+          const auto* first = hidden(hide, i) ? nullptr : from + i * stride;
+          const auto* second = i + 1 < n && !hidden(hide, i + 1) ? from + (i + 1) * stride : nullptr;
+          for (int d = 0; d < head_dim; d += 32) {
+            __builtin_prefetch(from + (i + kPrefetchEvents) * stride + d);
+            __builtin_prefetch(from + (i + 1 + kPrefetchEvents) * stride + d);
+          }
+          all &= V::interleave(first, second, head_dim, items + static_cast<int64_t>(i / 2) * width);
+        }
+        finite[tile / kKeys] = all;
+      }
+    }
+
+    ATTNREC_MEMBER void keep(int r, int i, typename V::Reg numbers, Real*) {
+      V::round_to_pairs(weights + (r * kKeys + i) / 2, numbers);
+    }
+
+    void accumulate_seen(int rows, const int* seen, const Real*, int packed_event, Real* out) {
+      int most = 0;
+      bool alike = true;
+      for (int r = 0; r < rows; r++) {
+        most = seen[r] > most ? seen[r] : most;
+        alike &= seen[r] == seen[0];
+      }
+      const int pairs = (most + 1) / 2;
+      for (int r = 0; !alike && r < rows; r++) {
+        for (int64_t p = round_up(seen[r], W) / 2; p < pairs; p++) weights[r * (kKeys / 2) + p] = 0;
+      }
+      const Item* from = items + static_cast<int64_t>(packed_event / 2) * width;
+      if (finite[packed_event / kKeys]) {  // what a row does not see has weight 0, which adds nothing
+        if (pairs > 0) accumulate<true>(rows, weights, from, pairs, out);
+        return;
+      }
+      for (int r = 0; r < rows; r++) {
+        Real sum[kMostHeadDim];
+        Item last[kMostHeadDim];
+        for (int d = 0; d < width; d += W) V::store(sum + d, V::zero());
+        const Item* row = weights + r * (kKeys / 2);
+        if (seen[r] / 2 > 0) accumulate<false>(1, row, from, seen[r] / 2, sum);
+        if (seen[r] % 2) {
+          const Item* pair = from + static_cast<int64_t>(seen[r] / 2) * width;
+          for (int d = 0; d < width; d++) last[d] = pair[d] & 0xffffu;
+          accumulate<false>(1, row + seen[r] / 2, last, 1, sum);
+        }
+        Real* to = out + static_cast<int64_t>(r) * width;
+        for (int d = 0; seen[r] && d < width; d += W)
+          V::store(to + d, V::add(V::load(to + d), V::load(sum + d)));
+      }
+    }
+
+    template <bool kApart, int M = V::kRows>
+    void accumulate(int rows, const Item* weight, const Item* from, int pairs, Real* out) const {
+      if constexpr (M > 1) {
+        if (rows < M) return accumulate<kApart, M - 1>(rows, weight, from, pairs, out);
+      }
+      int d = 0;
+      for (; d + 2 * W <= width; d += 2 * W) accumulate_block<kApart, M, 2>(weight, from + d, pairs, out + d);
+      if (d < width) accumulate_block<kApart, M, 1>(weight, from + d, pairs, out + d);
+    }
+
+    template <bool kApart, int M, int N>
+    void accumulate_block(const Item* weight, const Item* from, int pairs, Real* out) const {
+      typename V::Reg sum[M][N];
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++)
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++)
+          sum[r][j] = kApart ? V::zero() : V::load(out + static_cast<int64_t>(r) * width + j * W);
+#pragma GCC unroll 2
+      for (int p = 0; p < pairs; p++) {
+        typename V::Reg v[N];
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) v[j] = V::load_pairs(from + static_cast<int64_t>(p) * width + j * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < M; r++) {
+          const typename V::Reg w = V::set1_pairs(weight[r * (kKeys / 2) + p]);
+#pragma GCC unroll 2
+          for (int j = 0; j < N; j++) sum[r][j] = V::dot(sum[r][j], w, v[j]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++)
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) {
+          Real* to = out + static_cast<int64_t>(r) * width + j * W;
+          V::store(to, kApart ? V::add(V::load(to), sum[r][j]) : sum[r][j]);
+        }
+    }
+
+    int width;
+    Item* items;
+    bool* finite;
+    Item* weights;  // of a block's rows, rounded
+  };
+
+ private:
+  static bool hidden(const Real* hide, int event) {
+    return hide && hide[event] == -std::numeric_limits<float>::infinity();
+  }
+};
+
+// Calls function(a Numbers or Pairs), whichever serves tensors of `element` best.
+template <class V, class Function>
+ATTNREC_INLINE auto with_products(Element element, Function&& function) {
+  if constexpr (V::kPairs) {
+    if (element == Element::kBFloat16) return function(Pairs<V>());
+  }
+  return function(Numbers<V>());
+}
+
+}  // namespace
+}  // namespace attnrec::cpu

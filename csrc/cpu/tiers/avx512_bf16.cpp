@@ -1,0 +1,15 @@
+#include "cpu/tiers/prelude.h"
+
+#if defined(__x86_64__)
+ATTNREC_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#include "cpu/tiers/exp2.h"
+#include "cpu/tiers/vector_avx512_bf16.h"
+//
+#include "cpu/tiers/all_ops-inl.h"
+
+namespace attnrec::cpu {
+extern const Kernels kAvx512Bf16;
+const Kernels kAvx512Bf16 = make_kernels<Avx512Bf16Vector>("avx512_bf16");
+}  // namespace attnrec::cpu
+ATTNREC_TARGET_END
+#endif

@@ -1,0 +1,66 @@
+// AVX-512 vectors with products of bf16 pairs (AVX512_BF16). An item, 32 bits, is two bf16 numbers.
+#pragma once
+
+#include "cpu/tiers/vector_avx512.h"
+
+namespace attnrec::cpu {
+namespace {
+
+struct Avx512Bf16Vector : Avx512Vector {
+  static constexpr bool kPairs = true;
+
+  ATTNREC_INLINE Reg set1_pairs(uint32_t item) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(item)));
+  }
+  ATTNREC_INLINE Reg load_pairs(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+  ATTNREC_INLINE void store_pairs(uint32_t* p, Reg r) { _mm512_storeu_si512(p, _mm512_castps_si512(r)); }
+  // The first n numbers at p, at most 32, and zeros.
+  ATTNREC_INLINE Reg load_pairs(const BFloat16* p, int n) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first_of_32(n), p));
+  }
+  // sum + a·b for each lane's two pairs of numbers, in fp32.
+  ATTNREC_INLINE Reg dot(Reg sum, Reg a, Reg b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+  }
+  // 16 numbers, rounded, to 8 items.
+  ATTNREC_INLINE void round_to_pairs(uint32_t* to, Reg numbers) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(numbers));
+  }
+  // Rows a and b (null: zeros) of n numbers as items (a[d], b[d]), and zeros to the next whole register. Says
+  // whether all numbers are finite.
+  ATTNREC_INLINE bool interleave(const BFloat16* a, const BFloat16* b, int n, uint32_t* to) {
+    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39,
+                                           7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    __mmask32 infinite = 0;
+    for (int d = 0; d < n; d += 32) {
+      const __mmask32 mask = first_of_32(n - d);
+      const __m512i x = a ? _mm512_maskz_loadu_epi16(mask, a + d) : _mm512_setzero_si512();
+      const __m512i y = b ? _mm512_maskz_loadu_epi16(mask, b + d) : _mm512_setzero_si512();
+      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
+      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(y, exponent), exponent);
+      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(x, order, y));
+      if (d + 16 < n) {
+        const __m512i upper = _mm512_add_epi16(order, _mm512_set1_epi16(16));
+        _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(x, upper, y));
+      }
+    }
+    return !infinite;
+  }
+  // 2^x to 3e-6: minimax as kExp2Coefficients, two powers less.
+  ATTNREC_INLINE Reg exp2_short(Reg x) {
+    const Reg clamped = max(set1(-200.0f), x);
+    const Reg n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Reg f = sub(clamped, n);
+    Reg p = fma(set1(9.5828557e-3f), f, set1(5.590643e-2f));
+    p = fma(p, f, set1(2.4024099e-1f));
+    p = fma(p, f, set1(6.9312418e-1f));
+    return _mm512_scalef_ps(fma(p, f, set1(1.0f)), n);
+  }
+
+ private:
+  ATTNREC_INLINE __mmask32 first_of_32(int n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
+};
+
+}  // namespace
+}  // namespace attnrec::cpu

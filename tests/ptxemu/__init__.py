@@ -11,15 +11,15 @@ __all__ = [
     "Program",
     "PtxError",
     "Stats",
+    "emulated",
     "launch_ptx",
     "launch_triton",
     "load",
-    "use_triton",
 ]
 
 
 def __getattr__(name):  # Triton is imported only when asked for
-    if name in ("launch_triton", "use_triton"):
+    if name in ("launch_triton", "emulated"):
         from . import triton_front
 
         return getattr(triton_front, name)

@@ -81,8 +81,10 @@ def read(S, space, addr, m, word, k, meant=False):
     S.fault_mask = m
     a = pick(addr, m)
     if space == "global":
-        index = host_index(S.memory.translate(a, n), word)
-        data = HOST[word]
+        host, parts = S.memory.locate(a, n)
+        index, data = host_index(host, word), HOST[word]
+        if S.global_races and not meant:
+            S.global_races.read(parts, a, word, k, pick(S.block_tag, m))
         count_global(S, addr, m, n, "read")
     else:
         memory = S.shared if space == "shared" else S.local
@@ -112,8 +114,10 @@ def write(S, space, addr, m, word, values, meant=False):
     S.fault_mask = m
     a = pick(addr, m)
     if space == "global":
-        index = host_index(S.memory.translate(a, n), word)
-        data = HOST[word]
+        host, parts = S.memory.locate(a, n)
+        index, data = host_index(host, word), HOST[word]
+        if S.global_races and not meant:
+            S.global_races.write(parts, a, word, k, pick(S.block_tag, m))
         count_global(S, addr, m, n, "written")
     else:
         memory = S.shared if space == "shared" else S.local
@@ -131,7 +135,7 @@ def write(S, space, addr, m, word, values, meant=False):
             memory.mark(j, word)
         data[j] = v
         if space == "shared" and S.races and not meant:
-            S.races.stored(j, word, pick(S.warp, m), data[j] != v)
+            S.races.check_written(j[:, None], word, pick(S.warp, m), (data[j] != v)[:, None])
 
 
 def by_window(S, addr, m):
@@ -487,7 +491,9 @@ def cp_async(D, ins):
             S.fault_mask = np.zeros(S.L, bool)
             S.fault_mask[reading] = True
             a = saddr[reading]
-            host = translate_partial(S, a, n[some], size)
+            host, parts = translate_partial(S, a, n[some], size)
+            if S.global_races and (n[some] == size).all():
+                S.global_races.read(parts, a, 4, words, S.block_tag[reading])
             data[some] = (
                 HOST[4][host_index(host, 4)[:, None] + np.arange(words, dtype=U64)]
                 if (n[some] == size).all()
@@ -498,7 +504,7 @@ def cp_async(D, ins):
                 count_global(S, saddr, S.fault_mask, size, "read by cp.async")
         if S.races:
             S.fault_mask = S.lanes(m)
-            S.races.write(index, 4, S.warp[lanes], np.ones(index.shape, bool))
+            S.races.write(index, 4, S.warp[lanes])
         S.shared.mark(index, 4, written=False)  # until the wait, a reader finds nothing there
         S.copies.append(Copy(lanes, index, data, S.commits[lanes]))
 
@@ -506,7 +512,7 @@ def cp_async(D, ins):
 
 
 def translate_partial(S, a, n, size):
-    """Host addresses; the copy's full size must be aligned, only n bytes must exist."""
+    """As `GlobalMemory.locate`; the copy's full size must be aligned, only n bytes must exist."""
     if (a & U64(size - 1)).any():
         raise Fault(
             "misaligned access",
@@ -515,9 +521,9 @@ def translate_partial(S, a, n, size):
             address=int(a[np.argmax(a & U64(size - 1) != 0)]),
         )
     if (n == size).all():
-        return S.memory.translate(a, size)
+        return S.memory.locate(a, size)
     S.memory.translate(a + n.astype(U64) - U64(1), 1)
-    return S.memory.translate(a, 1)
+    return S.memory.locate(a, 1)
 
 
 def gather_bytes(host, n, size):

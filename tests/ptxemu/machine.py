@@ -15,7 +15,7 @@ import numpy as np
 
 from .errors import Fault, PtxError
 from .memory import BlockMemory
-from .races import RaceCheck
+from .races import TAGS, GlobalRaces, SharedRaces
 
 RESELECT = object()  # returned by an instruction that has set the lanes' pcs itself
 FAR = 1 << 40
@@ -35,7 +35,7 @@ class BlockSet:
         self.block_ids = block_ids  # linear block numbers
         n = len(block_ids)
         self.shared = BlockMemory("shared", n, launch.shared_bytes, track=True)
-        self.races = RaceCheck(n, self.shared.stride) if launch.races and launch.threads > 32 else None
+        self.races = SharedRaces(n, self.shared.stride) if launch.races and launch.threads > 32 else None
         self.groups = []
         self.live = np.zeros(n, np.int64)  # threads that have not exited, per block
         self.arrived = {}  # barrier -> threads waiting, per block
@@ -80,6 +80,7 @@ class Group:
         launch = blockset.launch
         self.set, self.launch, self.memory = blockset, launch, launch.memory
         self.shared, self.races = blockset.shared, blockset.races
+        self.global_races = launch.global_races
         self.stats, self.counts = launch.stats, launch.counts
         self.block, self.thread = block, thread
         self.home = np.arange(len(block))  # region of each lane in local memory
@@ -101,7 +102,8 @@ class Group:
 
     def _resize(self):
         self.L, self.W = len(self.block), len(self.block) // 32
-        self.warp = (self.thread // 32 + 1).astype(np.uint8)
+        self.warp = (self.thread // 32 + 1).astype(np.uint8)  # tags for the race checks
+        self.block_tag = (self.set.block_ids[self.block] % TAGS + 1).astype(np.uint8)
         self.cache = {}  # special registers, constant arrays
 
     # ------------------------------------------------------------ used by instructions
@@ -275,6 +277,7 @@ class Launch:
         max_steps=30_000_000,
         memory_stats=True,
         races=True,
+        blocks=None,
     ):
         self.kernel, self.memory = kernel, memory
         self.grid, self.block = three(grid), three(block)
@@ -283,6 +286,8 @@ class Launch:
         self.shared_bytes = kernel.shared_bytes + dynamic_shared
         self.schedule, self.seed, self.max_steps = schedule, seed, max_steps
         self.max_lanes, self.races = max_lanes, races
+        self.global_races = GlobalRaces() if races else None
+        self.blocks = np.arange(np.prod(self.grid)) if blocks is None else blocks
         self.stats = Counter() if memory_stats else None
         self.counts = [0] * len(kernel.code)
         if not 0 < self.threads <= 1024 or min(self.grid) < 0:
@@ -302,7 +307,7 @@ class Launch:
             )
 
     def run(self):
-        blocks = np.arange(int(np.prod(self.grid)))
+        blocks = self.blocks
         rng = np.random.default_rng(self.seed)
         lanes = (self.threads + 31) // 32 * 32  # lanes per block
         with np.errstate(all="ignore"):
@@ -361,7 +366,7 @@ class Launch:
 class Stats:
     """Dynamic counts of a launch. `opcodes`: thread-instructions by full opcode;
     `classes`: warp-level counts of mma (by shape), barriers, and thread-level ones of
-    ex2, fma; `memory`: bytes, 32-byte sectors, bank conflicts."""
+    ex2, fma; `memory`: bytes, 32-byte sectors, bank conflicts; `written`: which bytes of each buffer."""
 
     def __init__(self, launch):
         self.opcodes = Counter()
@@ -380,6 +385,7 @@ class Stats:
             elif parts[0] in ("ex2", "fma", "shfl", "ldmatrix", "div", "rcp", "lg2"):
                 self.classes[parts[0]] += n
         self.instructions = sum(self.opcodes.values())
+        self.written = launch.global_races.written() if launch.global_races else {}
 
     def __getitem__(self, name):
         return self.classes.get(name, self.memory.get(name, 0))

@@ -122,18 +122,34 @@ class GlobalMemory:
         i = self._bases.index(address)
         del self._bases[i], self.buffers[i]
 
+    def snapshot(self):
+        """{buffer: its bytes}."""
+        return {b: self.bytes_of(b).copy() for b in self.buffers if b.size}
+
+    def restore(self, snapshot):
+        for b, data in snapshot.items():
+            self.bytes_of(b)[:] = data
+
+    @staticmethod
+    def bytes_of(b):
+        return _HOST[b.host - _HOST_BASE : b.host - _HOST_BASE + b.size]
+
     def find(self, address):
         i = bisect.bisect(self._bases, address) - 1
         return self.buffers[i] if i >= 0 else None
 
     def translate(self, addr, n):
         """Host addresses of device addresses (uint64 array); each must hold n bytes of a buffer."""
+        return self.locate(addr, n)[0]
+
+    def locate(self, addr, n):
+        """(host addresses, [(buffer, its lanes), ...]) of device addresses, as `translate`."""
         low, high = int(addr.min()), int(addr.max())
         b = self.find(low)
         if b is not None and high + n <= b.base + b.size:
             if low % n or (addr & U64(n - 1)).any():
                 self._misaligned(addr, n)
-            return addr + U64((b.host - b.base) & 0xFFFFFFFFFFFFFFFF)
+            return addr + U64((b.host - b.base) & 0xFFFFFFFFFFFFFFFF), [(b, slice(None))]
         if (addr & U64(n - 1)).any():
             self._misaligned(addr, n)
         if not self.buffers:
@@ -147,7 +163,7 @@ class GlobalMemory:
             lane = int(np.argmax(bad))
             self._outside(int(addr[lane]), n, lane)
         hosts = np.array([x.host for x in self.buffers], U64)
-        return hosts[i] + inside
+        return hosts[i] + inside, [(self.buffers[j], np.flatnonzero(i == j)) for j in np.unique(i)]
 
     def _misaligned(self, addr, n):
         lane = int(np.argmax(addr & U64(n - 1) != 0))

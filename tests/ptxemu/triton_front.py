@@ -1,69 +1,48 @@
 """Running @triton.jit functions on the emulator.
 
-`use_triton()` makes the emulator Triton's active driver: `fn[grid](x, y, n, BLOCK=64)`
-then compiles for sm_80 with Triton's own specialisation and runs on CPU tensors.
-`launch_triton` does the same for one call and returns its statistics.
+While `emulated()` is active, `fn[grid](x, y, n, BLOCK=64)` compiles for sm_80 with Triton's own
+specialisation and runs on CPU tensors. `launch_triton` does that for one call and returns its statistics.
+The driver that Triton sees is the one of the ahead-of-time compiler, attnrec/kernels/standin.py.
 """
 
 import contextlib
 
 import torch
-import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
+from attnrec.kernels.standin import stand_in
 from triton.backends.driver import decompose_descriptor
 
 from .memory import GlobalMemory
 from .program import load
 
-_settings = {}  # options of the emulator for the launches under way
-last = {}  # "stats" of the last launch, its "ptx", shared bytes, registers
+last = {}  # of the last launch: "ptx" and "shared" bytes of the kernel, "stats"
 
 
-class _Utils:
-    """What triton.compiler asks of a driver when it loads a kernel."""
+class Call:
+    """A launch that is ready to run, as often as one likes."""
 
-    def get_device_properties(self, device):
-        return {
-            "max_shared_mem": 166912,
-            "multiprocessor_count": 108,
-            "max_num_regs": 65536,
-            "warpSize": 32,
-            "sm_clock_rate": 1410000,
-            "mem_clock_rate": 1215000,
-            "mem_bus_width": 5120,
-        }
-
-    def load_binary(self, name, kernel, shared, device):
-        with open(self.files[f"{name}.ptx"]) as f:
-            self.function = f.read(), name
-        return object(), self.function, 0, 0, 1024
-
-    def unload_module(self, module):
-        pass
-
-
-class _Launcher:
-    """Called by JITFunction.run with the grid, the loaded function and the bound arguments."""
-
-    def __init__(self, src, metadata):
-        self.metadata = metadata
-        self.signature = list(src.signature.values())
-
-    def __call__(self, gx, gy, gz, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
-        ptx, name = function
-        memory = GlobalMemory()
-        values = []
-        for kind, value in zip(self.signature, args, strict=True):
+    def __init__(self, launched, edit=None):
+        meta = launched.metadata
+        self.name, self.ptx = launched.name, launched.file("ptx").read_text()
+        if edit is not None:
+            self.ptx = edit(self.name, self.ptx)
+        self.grid, self.block, self.shared = launched.grid, 32 * meta.num_warps, meta.shared
+        self.memory, values = GlobalMemory(), []
+        for kind, value in zip(launched.source.signature.values(), launched.arguments, strict=True):
             flatten(kind, value, values)
-        blocks, meta = gx * gy * gz, self.metadata
+        self.blocks = self.grid[0] * self.grid[1] * self.grid[2]
         for what in ("global", "profile"):  # hidden scratch pointers at the end
             size = getattr(meta, f"{what}_scratch_size", 0)
-            values.append(memory.allocate(size * blocks, f"{what} scratch").base if size else 0)
-        last.update(ptx=ptx, shared=meta.shared)
-        last["stats"] = load(ptx).launch(
-            name, (gx, gy, gz), 32 * meta.num_warps, values, meta.shared, memory=memory, **_settings
+            values.append(self.memory.allocate(size * self.blocks, f"{what} scratch").base if size else 0)
+        program = load(self.ptx)
+        self.program, self.params = program, program.pack(program.kernel(self.name), values, self.memory)
+
+    def run(self, **options):
+        """The launch's Stats; options as for `launch_ptx`."""
+        stats = self.program.launch(
+            self.name, self.grid, self.block, self.params, self.shared, self.memory, **options
         )
+        last.update(ptx=self.ptx, shared=self.shared, stats=stats)
+        return stats
 
 
 def flatten(kind, value, out):
@@ -73,103 +52,43 @@ def flatten(kind, value, out):
     elif kind.startswith("tensordesc"):  # for sm_80: pointer, shape, strides and flags
         out.extend(decompose_descriptor(value))
     elif kind != "constexpr":
-        out.append(
-            getattr(value, "base", value)
-            if hasattr(value, "data_ptr") and not torch.is_tensor(value)
-            else value
-        )
+        wrapped = hasattr(value, "data_ptr") and not torch.is_tensor(value)
+        out.append(getattr(value, "base", value) if wrapped else value)
 
 
-class EmulatorDriver:
-    launcher_cls = _Launcher
+def _benchmarker():
+    """For @triton.autotune: runs each configuration once; its "time" is the number of instructions."""
 
-    def __init__(self):
-        self.utils = _Utils()
+    def bench(call, quantiles=None, **_):
+        call()
+        return [last["stats"].instructions] * len(quantiles or [0])
 
-    def get_current_target(self):
-        return GPUTarget("cuda", 80, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def set_current_device(self, device):
-        pass
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_device_capability(self, device=0):
-        return 8, 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-    def get_device_interface(self):
-        return torch.cpu
-
-    def get_benchmarker(self):
-        """For @triton.autotune: runs each configuration once; its "time" is the number of instructions."""
-
-        def bench(call, quantiles=None, **_):
-            call()
-            return [last["stats"].instructions] * len(quantiles or [0])
-
-        return bench
-
-    def map_python_to_cpp_type(self, ty):
-        return ty
-
-
-_driver = EmulatorDriver()
-
-
-def use_triton(**options):
-    """Make the emulator the active Triton driver; options as for launch_ptx."""
-    _settings.clear()
-    _settings.update(options)
-    triton.runtime.driver.set_active(_driver)
-
-    def remember_files(module, function, name, metadata_group, hash):
-        _driver.utils.files = metadata_group
-
-    knobs.runtime.kernel_load_start_hook = remember_files
+    return bench
 
 
 @contextlib.contextmanager
-def _options(options):
-    before = dict(_settings)
-    use_triton(**options)
-    try:
+def emulated(execute=None, edit=None, **options):
+    """Makes the emulator the active Triton driver; options as for `launch_ptx`.
+
+    `execute(call)` is called in place of `call.run(**options)`; `edit(name, ptx)` gives the PTX to run in
+    place of what was compiled.
+    """
+
+    def launch(launched):
+        call = Call(launched, edit)
+        execute(call) if execute else call.run(**options)
+
+    with stand_in(80, launch) as driver:
+        driver.get_benchmarker = _benchmarker
         yield
-    finally:
-        _settings.clear()
-        _settings.update(before)
 
 
-def launch_triton(
-    fn,
-    grid,
-    *args,
-    schedule="lockstep",
-    seed=0,
-    memory_stats=True,
-    max_steps=30_000_000,
-    max_lanes=8192,
-    races=True,
-    **kwargs,
-):
-    """fn[grid](*args, **kwargs) on the emulator; returns the launch's Stats. kwargs: constexprs,
-    num_warps, num_stages. A grid of size 0 launches nothing and returns None."""
+def launch_triton(fn, grid, *args, **kwargs):
+    """fn[grid](*args, **kwargs) on the emulator; returns the launch's Stats. kwargs: constexprs, num_warps,
+    num_stages, and options as for `launch_ptx`. A grid of size 0 launches nothing and returns None."""
+    names = ("schedule", "seed", "memory_stats", "max_steps", "max_lanes", "races")
+    options = {name: kwargs.pop(name) for name in names if name in kwargs}
     last.clear()
-    with _options(
-        {
-            "schedule": schedule,
-            "seed": seed,
-            "memory_stats": memory_stats,
-            "max_steps": max_steps,
-            "max_lanes": max_lanes,
-            "races": races,
-        }
-    ):
+    with emulated(**options):
         fn[grid](*args, **kwargs)
     return last.get("stats")

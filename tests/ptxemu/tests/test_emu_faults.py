@@ -182,6 +182,44 @@ def test_what_is_a_race_and_what_is_not():
             assert got == want, (body, got, want)
 
 
+def test_what_is_a_race_between_blocks_and_what_is_not():
+    """Three blocks of 32; x and b are each thread's own word of P0 and P1, a and the first word of P0."""
+    head = "mov.u32 s, %ctaid.x; setp.eq.u32 p, s, 1;\n"
+    cases = [
+        ("st.global.u32 [b], t;", "right"),
+        ("ld.global.u32 v, [x]; st.global.u32 [x], t;", "right"),  # its own word
+        ("st.global.u32 [a], t;", "race"),
+        ("st.global.u32 [a], 7;", "race"),  # the same value, but by each block
+        ("@p st.global.u32 [a], t;", "right"),  # threads of one block
+        ("@p st.global.u32 [a], 7; ld.global.u32 v, [a];", "race"),
+        ("ld.global.u32 v, [a]; @p st.global.u32 [a], 7;", "race"),  # is read before it is written
+        ("ld.global.u16 h, [a+2]; @p st.global.u16 [a], 7;", "right"),
+        ("ld.global.u8 h, [a+1]; @p st.global.u16 [a], 7;", "race"),
+        ("@p st.global.v2.u32 [a], {t, t}; ld.global.u32 v, [a+4];", "race"),
+        ("atom.global.add.u32 v, [a], 1;", "right"),
+        ("@p st.relaxed.gpu.global.u32 [a], 7; ld.relaxed.gpu.global.u32 v, [a];", "right"),
+        ("mov.u32 w0, sh; cp.async.ca.shared.global [w0], [a], 4; @p st.global.u32 [a], 7;", "race"),
+    ]
+    for body, want in cases:
+        ptx = simple(".reg .b16 h;" + head + body, n=32)
+        for options in ({}, {"schedule": "random"}, {"max_lanes": 1}):
+            arguments = [torch.zeros(96), torch.zeros(96)]
+            assert outcome(lambda: launch_ptx(ptx, "victim", 3, 32, arguments, **options)) == want, body
+    with pytest.raises(
+        PtxError, match="race: write by block 1 of global memory that block 0 has written"
+    ) as e:
+        launch_ptx(
+            simple(".reg .b16 h;" + head + cases[2][0], n=32),
+            "victim",
+            3,
+            32,
+            [torch.zeros(96), torch.zeros(96)],
+            max_lanes=1,
+        )
+    assert "P0 (torch.float32 [96])" in e.value.buffer
+    assert (e.value.block, e.value.offset) == ((1, 0, 0), 0)
+
+
 # ---------------------------------------------------------------- memory
 
 HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n"

@@ -5,7 +5,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 import emu_triton_kernels as K  # noqa: E402
-from ptxemu import PtxError, launch_triton, use_triton  # noqa: E402
+from ptxemu import PtxError, emulated, launch_triton  # noqa: E402
 
 DT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,11 +33,10 @@ def test_vector_add_with_mask():
 
 
 def test_the_driver_can_be_used_with_plain_launches():
-    use_triton(schedule="random")
     x, y, o = torch.randn(100), torch.randn(100), torch.zeros(100)
-    K.add[(1,)](x, y, o, 100, BLOCK=128)
+    with emulated(schedule="random"):
+        K.add[(1,)](x, y, o, 100, BLOCK=128)
     assert torch.equal(o, x + y)
-    use_triton()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

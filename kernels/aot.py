@@ -78,11 +78,15 @@ def describe(launched: Launched, arch: int, op: str, case: Case) -> Row:
     """The row of one compiled kernel."""
     registers, spills = resources(launched.file("cubin"))
     matrix = sorted(set(MATRIX.findall(launched.file("ptx").read_text())))
-    names = launched.source.fn.arg_names
-    constants = {names[path[0]]: _plain(x) for path, x in launched.source.constants.items()}
+    function = launched.source.fn
+    constants = {
+        function.arg_names[path[0]]: _plain(x)
+        for path, x in launched.source.constants.items()
+        if function.params[path[0]].is_constexpr  # and not an argument that happened to be None or 1
+    }
     meta = launched.metadata
     return {
-        "kernel": launched.name,
+        "kernel": kernel_name(launched),
         "op": op,
         "dtype": case["dtype"],
         "arch": arch,
@@ -96,6 +100,11 @@ def describe(launched: Launched, arch: int, op: str, case: Case) -> Row:
         "hash": meta.hash,
         "cubin": str(launched.file("cubin")),
     }
+
+
+def kernel_name(launched: Launched) -> str:
+    """The file and the function that a kernel was compiled from, "target_attention._forward"."""
+    return f"{launched.source.fn.module.rpartition('.')[2]}.{launched.name}"
 
 
 def _plain(x: Any) -> Any:

@@ -1,7 +1,8 @@
 """What the ahead-of-time compiler compiles: for each op the axes that change its code, and small arguments.
 
 An axis has a name and the values it may take, the plainest first. Arguments are tensors of a few rows on the
-CPU; their values do not matter, because nothing runs, but what host code reads from them is legal.
+CPU; their values do not matter, because nothing runs, but what host code reads from them is legal. A case may
+say `sizes`, other numbers of users, candidates ... than SIZES: those of a batch to be measured or modelled.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ DTYPES = {
 # Every native head dim, and one that is not: its loads are masked.
 HEAD_DIMS = (64, 16, 32, 128, 256, 40)
 NO_YES = (False, True)
-USERS, HEADS = 3, 4
+HEADS = 4
+# Small enough to be allocated for every case; of histories a short one, and one that is split over blocks.
+SIZES = {"users": 3, "candidates": 5, "events": 70, "long": 5000, "rows": 70, "items": 3000, "negatives": 50}
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,15 @@ def _rows(*shape: int, dtype: torch.dtype, strided: bool = False) -> Tensor:
     return torch.zeros(*shape[:-1], shape[-1] + 8, dtype=dtype)[..., : shape[-1]]
 
 
+def _sizes(case: Case) -> dict[str, int]:
+    return SIZES | case.get("sizes", {})
+
+
 def _attention(case: Case) -> dict[str, Any]:
-    dtype, dim = DTYPES[case["dtype"]], case["head_dim"]
-    users = 1 if case["history"] == "long" else USERS
-    candidates, events = 5, 5000 if case["history"] == "long" else 70
+    dtype, dim, sizes = DTYPES[case["dtype"]], case["head_dim"], _sizes(case)
+    long = case["history"] == "long"
+    users, candidates = 1 if long else sizes["users"], sizes["candidates"]
+    events = sizes["long" if long else "events"]
     rows, kv_rows, kv_heads = users * candidates, users * events, HEADS // case["group"]
     integers, strided = torch.int32 if case["int32"] else torch.int64, case["strided"]
     bias_dtype = {"none": None, "float32": torch.float32, "query's": dtype}[case["bias"]]
@@ -162,15 +170,15 @@ def _without_values(case: Case) -> dict[str, Any]:
 
 
 def _softmax_score(case: Case) -> dict[str, Any]:
-    dtype, dim, items = DTYPES[case["dtype"]], case["head_dim"], 70
+    dtype, dim, sizes = DTYPES[case["dtype"]], case["head_dim"], _sizes(case)
+    users, items = sizes["users"], sizes["candidates"]
+    integers = torch.int32 if case["int32"] else torch.int64
     return {
-        "users": _rows(USERS, dim, dtype=dtype, strided=case["strided"]),
-        "items": _rows(USERS * items, dim, dtype=dtype, strided=case["strided"]),
-        "offsets": torch.arange(
-            0, USERS * items + 1, items, dtype=torch.int32 if case["int32"] else torch.int64
-        ),
+        "users": _rows(users, dim, dtype=dtype, strided=case["strided"]),
+        "items": _rows(users * items, dim, dtype=dtype, strided=case["strided"]),
+        "offsets": torch.arange(0, users * items + 1, items, dtype=integers),
         "temperature": 0.5,
-        "bias": torch.zeros(USERS * items) if case["bias"] else None,
+        "bias": torch.zeros(users * items) if case["bias"] else None,
     }
 
 
@@ -181,8 +189,8 @@ def _softmax_score_backward(case: Case) -> dict[str, Any]:
 
 
 def _catalog_topk(case: Case) -> dict[str, Any]:
-    dtype, dim = DTYPES[case["dtype"]], case["head_dim"]
-    users, items = (200, 3000) if case["users"] == "many" else (USERS, 3000)
+    dtype, dim, sizes = DTYPES[case["dtype"]], case["head_dim"], _sizes(case)
+    users, items = 200 if case["users"] == "many" else sizes["users"], sizes["items"]
     return {
         "users": _rows(users, dim, dtype=dtype, strided=case["strided"]),
         "catalog": _rows(items, dim, dtype=dtype, strided=case["strided"]),
@@ -195,9 +203,10 @@ def _catalog_topk(case: Case) -> dict[str, Any]:
 
 
 def _catalog_cross_entropy(case: Case) -> dict[str, Any]:
-    dtype, dim, rows, items = DTYPES[case["dtype"]], case["head_dim"], 70, 3000
+    dtype, dim, sizes = DTYPES[case["dtype"]], case["head_dim"], _sizes(case)
+    rows, items = sizes["rows"], sizes["items"]
     target = torch.zeros(rows, dtype=torch.int64)
-    negatives = {"none": None, "ids": torch.zeros(50, dtype=torch.int64), "in-batch": target}[
+    negatives = {"none": None, "ids": torch.zeros(sizes["negatives"], dtype=torch.int64), "in-batch": target}[
         case["negatives"]
     ]
     return {

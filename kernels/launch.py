@@ -18,6 +18,8 @@ pass with this value; traits that an entry does not name do not matter to it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 import attnrec
 from attnrec import reference
-from benches.case import DTYPES, Case, Contender, Counts, Verdict
+from benches.case import DTYPES, Case, Contender, Counts, Peer, Verdict
 from benches.peers import brute_force, onnxruntime, openvino
 
 OP = "catalog_topk"
@@ -27,26 +27,35 @@ def count(users: int, items: int, *, dim: int, size: int, k: int) -> Counts:
 
 
 class TopkProblem:
-    """`scores [B, k]` and `ids [B, k]`; ours also the log-sum-exp `[B]`, which the peers do not compute."""
+    """`scores [B, k]` and `ids [B, k]`; ours also the log-sum-exp `[B]`, which the peers do not compute.
 
-    def __init__(self, users: int, items: int, dim: int, k: int, dtype: str, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
+    `exclude [B, n]` and `bias [N]` are for our own variants.
+    """
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(device, DTYPES[dtype])
-
-        self.users, self.catalog, self.k, self.device = normal(users, dim), normal(items, dim), k, device
+    def __init__(
+        self,
+        users: Tensor,
+        catalog: Tensor,
+        k: int,
+        *,
+        exclude: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.users, self.catalog, self.k, self.device = users, catalog, k, users.device
+        self.exclude, self.bias = exclude, bias
 
     def counts(self) -> Counts:
         (users, dim), items = self.users.shape, self.catalog.shape[0]
         return count(users, items, dim=dim, size=self.users.element_size(), k=self.k)
 
     def ours(self) -> Contender:
+        exclude = None if self.exclude is None else _jagged(self.exclude)
+
         def call() -> tuple[Tensor, Tensor, Tensor]:
             with torch.inference_mode():
-                return attnrec.catalog_topk(self.users, self.catalog, self.k)
+                return attnrec.catalog_topk(self.users, self.catalog, self.k, exclude=exclude, bias=self.bias)
 
-        return Contender(call)
+        return Contender(call, check=partial(self.check, ours=True))
 
     def backend(self) -> str:
         return attnrec.explain(attnrec.catalog_topk, self.users, self.catalog, self.k).backend
@@ -59,7 +68,15 @@ class TopkProblem:
     @cached_property
     def expected(self) -> tuple[Tensor, ...]:
         """The exact answer for the checked users."""
-        return reference.catalog_topk(self.users[self.checked].double(), self.catalog.double(), self.k)
+        ids, of = (None, None) if self.exclude is None else _jagged(self.exclude[self.checked])
+        return reference.catalog_topk(
+            self.users[self.checked].double(),
+            self.catalog.double(),
+            self.k,
+            exclude_ids=ids,
+            exclude_offsets=of,
+            bias=None if self.bias is None else self.bias.double(),
+        )
 
     def check(self, results: Sequence[Tensor], *, ours: bool) -> Verdict:
         """Exact scores of the returned ids against the exact best, and the returned scores against both.
@@ -75,6 +92,10 @@ class TopkProblem:
             return Verdict(float("nan"), 0.0, "an item twice")
         users = self.users[self.checked].double()
         named = (self.catalog[ids].double() @ users.unsqueeze(-1)).squeeze(-1)
+        if self.bias is not None:
+            named += self.bias[ids].double()
+        if self.exclude is not None and (ids[..., None] == self.exclude[self.checked][:, None]).any():
+            return Verdict(float("nan"), 0.0, "an excluded item")
         norms = users.norm(dim=-1).max() * self.catalog[ids].double().norm(dim=-1).max()
         # Sums in fp32, and what gives its logits in a shorter dtype rounds them once more.
         rounding = max(
@@ -89,6 +110,69 @@ class TopkProblem:
             found["lse"] = (results[2][self.checked].double() - lse).abs().max().item()
         what = max(found, key=lambda name: found[name])
         return Verdict(found[what], allowed, what)
+
+
+def _jagged(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Of `[B, n]`, ids and offsets `[B + 1]`."""
+    return ids.flatten(), torch.arange(len(ids) + 1, device=ids.device) * ids.shape[1]
+
+
+def topk_problem(users: int, items: int, dim: int, k: int, dtype: str, device: torch.device) -> TopkProblem:
+    """Standard normal vectors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, DTYPES[dtype])
+
+    return TopkProblem(normal(users, dim), normal(items, dim), k)
+
+
+# --- ours with something added, and catalogues made to be hard ----------------------------------------------
+
+
+def _excluding(problem: TopkProblem) -> TopkProblem:
+    """For each user 100 items that are not wanted, up to 50 of them the best."""
+    seen = torch.randint(
+        len(problem.catalog), (len(problem.users), 100), generator=torch.Generator().manual_seed(1)
+    )
+    seen = seen.to(problem.device)
+    best = problem.ours().call()[1][:, :50]
+    seen[:, : best.shape[1]] = best
+    return TopkProblem(problem.users, problem.catalog, problem.k, exclude=seen)
+
+
+def _biased(problem: TopkProblem) -> TopkProblem:
+    bias = torch.randn(len(problem.catalog), generator=torch.Generator().manual_seed(2))
+    return TopkProblem(problem.users, problem.catalog, problem.k, bias=bias.to(problem.device))
+
+
+def _catalog(problem: TopkProblem, kind: str) -> TopkProblem:
+    """`rising`: each item better than all before it, for every user; `falling`: the other way round; `equal`:
+    all of one score, so that the lower ids win; `clustered`: norms of four sizes, the largest at the end."""
+    items, dim = problem.catalog.shape
+    users, catalog = problem.users, problem.catalog
+    place = torch.arange(1, items + 1, device=problem.device, dtype=torch.float32)[:, None] / items
+    if kind in ("rising", "falling"):
+        users, catalog = users.abs(), (place if kind == "rising" else place.flip(0)).expand(items, dim)
+    elif kind == "equal":
+        catalog = catalog[:1].expand(items, dim)
+    else:
+        catalog = catalog * (4 * place).ceil()
+    return TopkProblem(users, catalog.to(problem.catalog.dtype).contiguous(), problem.k)
+
+
+VARIANTS: dict[str, Callable[[TopkProblem], TopkProblem]] = {
+    "+exclude": _excluding,
+    "+bias": _biased,
+    **{
+        f"+{kind} catalogue": partial(_catalog, kind=kind)
+        for kind in ("rising", "falling", "equal", "clustered")
+    },
+}
+
+
+def variant(make: Callable[[TopkProblem], TopkProblem], problem: TopkProblem) -> Contender:
+    return make(problem).ours()
 
 
 # --- peers --------------------------------------------------------------------------------------------------
@@ -116,18 +200,30 @@ PEERS = {
 }
 
 
-def _case(suite: str, users: int, items: int, dim: int, k: int, dtype: str) -> Case:
-    def make(device: torch.device) -> TopkProblem:
-        return TopkProblem(users, items, dim, k, dtype, device)
-
+def _case(
+    suite: str,
+    users: int,
+    items: int,
+    dim: int,
+    k: int,
+    dtype: str,
+    *,
+    family: str = "catalog",
+    peers: Mapping[str, Peer] = PEERS,
+) -> Case:
+    make = partial(topk_problem, users, items, dim, k, dtype)
     sizes = {"B": users, "N": items, "D": dim, "k": k}
-    return Case(OP, f"catalog/{users},{items},{dim},{k}/{dtype}", suite, dtype, sizes, make, PEERS)
+    return Case(OP, f"{family}/{users},{items},{dim},{k}/{dtype}", suite, dtype, sizes, make, peers)
+
+
+HARD = {name: partial(variant, make) for name, make in VARIANTS.items()}
 
 
 CASES = [
-    _case("smoke", 3, 5000, 32, 10, "fp32"),
+    _case("smoke", 3, 5000, 32, 10, "fp32", peers=PEERS | HARD),
     *(_case("standard", b, 100_000, 64, 100, dtype) for dtype in ("fp32", "bf16") for b in (1, 16, 256)),
     *(_case("standard", b, 1_000_000, 64, 100, dtype) for dtype in ("fp32", "bf16") for b in (1, 16, 256)),
+    *(_case("standard", b, 1_000_000, 64, 100, "fp32", family="variants", peers=HARD) for b in (1, 16)),
     *(_case("full", b, 1_000_000, 128, 100, "fp32") for b in (1, 16, 256)),
     *(_case("full", b, 10_000_000, 64, 100, dtype) for dtype in ("fp32", "bf16") for b in (1, 16)),
 ]

@@ -140,6 +140,7 @@ def _balance() -> list[Case]:
 # The whole table in `full`: the reference takes most of the time.
 _STANDARD = (CPU_TABLE[0], CPU_TABLE[3], CPU_TABLE[5], CPU_TABLE[6])
 CASES = [
+    _option_case("smoke", "fp32", (2, 2, 16, 40, 16)),
     *(
         _option_case("standard" if shape in _STANDARD else "full", dtype, shape)
         for shape in CPU_TABLE

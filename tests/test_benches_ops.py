@@ -51,7 +51,7 @@ def test_softmax_score(train):
 
 
 def test_catalog_topk():
-    problem = catalog_topk.TopkProblem(3, 50, 8, 5, "fp32", CPU)
+    problem = catalog_topk.topk_problem(3, 50, 8, 5, "fp32", CPU)
     assert problem.counts().flops == _flops(catalog_topk.matmul(problem).call)
     assert problem.counts().bytes == 4 * 8 * (3 + 50) + 3 * (5 * 4 + 5 * 8 + 4)
     assert problem.counts().exps == 150
@@ -119,7 +119,7 @@ def _disturbed(problem, change):
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_topk_check_sees_a_wrong_item_score_and_lse(place):
-    problem = catalog_topk.TopkProblem(3, 500, 16, 5, "fp32", CPU)
+    problem = catalog_topk.topk_problem(3, 500, 16, 5, "fp32", CPU)
 
     def change(results):
         if place == 1:
@@ -131,12 +131,30 @@ def test_topk_check_sees_a_wrong_item_score_and_lse(place):
 
 
 def test_topk_check_sees_an_item_twice():
-    problem = catalog_topk.TopkProblem(2, 500, 16, 5, "fp32", CPU)
+    problem = catalog_topk.topk_problem(2, 500, 16, 5, "fp32", CPU)
 
     def change(results):
         results[1][0, 1] = results[1][0, 0]
 
     assert _disturbed(problem, change).what == "an item twice"
+
+
+def test_hard_catalogues_and_options_are_right_and_checked():
+    problem = catalog_topk.topk_problem(2, 3000, 16, 5, "fp32", CPU)
+    for name, make in catalog_topk.VARIANTS.items():
+        of = make(problem)
+        results = list(of.ours().call())
+        assert of.check(results, ours=True).right, name
+        if name != "+equal catalogue":
+            worst = results[1].clone()
+            worst[0, 0] = (of.catalog @ of.users[0]).argmin()
+            assert not of.check([results[0], worst, results[2]], ours=True).right, name
+
+
+def test_an_excluded_item_is_seen():
+    problem = catalog_topk.topk_problem(2, 3000, 16, 5, "fp32", CPU)
+    excluding = catalog_topk.VARIANTS["+exclude"](problem)
+    assert excluding.check(list(problem.ours().call()), ours=True).what == "an excluded item"
 
 
 @pytest.mark.parametrize("top", [None, 3])

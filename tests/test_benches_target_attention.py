@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import attnrec
+from benches import target_attention_options
 from benches.case import Refused
-from benches.jagged import CONTIGUOUS, PADDED, STRIDED, make_batch, padding_mask
+from benches.jagged import CONTIGUOUS, PADDED, STRIDED, make_batch, other_orders, padding_mask
 from benches.lengths import log_normal, offsets, zipf
 from benches.peers import sdpa
 from benches.target_attention import AttentionProblem, by_reference, count
@@ -77,3 +79,82 @@ def test_lengths_have_a_tail_and_a_seed():
     assert max(drawn) > 5 * sorted(drawn)[32]
     assert sorted(zipf(4, 100), reverse=True) == [100, 50, 33, 25]
     assert offsets([2, 0, 3]).tolist() == [0, 2, 2, 5]
+
+
+# --- the check: strict enough, and not a matter of luck -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """A case of few rows, some with one heavy event: where one order of summation is luck."""
+    return AttentionProblem(make_batch([32] * 2, [512] * 2, heads=4, dim=32, device=CPU))
+
+
+def _verdict(problem, change):
+    contender = problem.ours()
+    results = [x.clone() for x in contender.read(contender.call())]
+    assert problem.check(results, ours=True).right
+    change(results[0])
+    return problem.check(results, ours=True)
+
+
+@pytest.mark.parametrize("error", [1e-3, 3e-6])
+def test_a_relative_error_is_seen(heads, error):
+    assert not _verdict(heads, lambda out: out.mul_(1 + error)).right
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_lost_event_is_seen(dtype):
+    """Every user's last event, one of 200; in bf16 too, where rounding is a hundredth."""
+    batch = make_batch([256] * 2, [200] * 2, heads=2, dim=32, device=CPU, dtype=dtype)
+    problem = AttentionProblem(batch)
+
+    def lose(out):
+        lengths = torch.tensor(batch.events) - 1
+        of = batch.q_offsets, batch.kv_offsets
+        out.copy_(attnrec.target_attention(batch.query, batch.key, batch.value, *of, kv_lengths=lengths))
+
+    assert not _verdict(problem, lose).right
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_other_orders_compute_the_same(causal):
+    counts = [5, 3]
+    batch = make_batch(
+        counts, counts if causal else [7, 4], heads=2, dim=8, device=CPU, causal=causal, train=True
+    )
+    exact = by_reference(batch.double())
+    plain = by_reference(batch)
+    for shuffled, back in other_orders(batch, 3):
+        again = back(by_reference(shuffled.double()))
+        for mine, other in zip(again, exact, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+        # and not by the same sums
+        assert any(not torch.equal(a, b) for a, b in zip(back(by_reference(shuffled)), plain, strict=True))
+
+
+def test_options_are_held_against_the_reference_with_them():
+    case = next(c for c in target_attention_options.CASES if c.suite == "smoke")
+    problem = case.make(CPU)
+    for name, prepare in case.peers.items():
+        contender = prepare(problem)
+        out = contender.call()
+        assert contender.check([out]).right, name
+        if name not in ("+visible", "+kv_lengths"):
+            assert not problem.check([out], ours=True).right, f"{name} changes nothing"
+        assert not contender.check([out * 1.001]).right, name
+
+
+def test_one_thread_counts_threads():
+    problem = AttentionProblem(_batch())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with pytest.raises(Refused, match="one thread"):
+            target_attention_options.one_thread(problem)
+        torch.set_num_threads(2)
+        contender = target_attention_options.one_thread(problem)
+        assert problem.check(contender.read(contender.call()), ours=True).right
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

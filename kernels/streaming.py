@@ -224,9 +224,8 @@ def accumulate_seen(acc, p, v, seen, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def score_tile(
-    q,
-    k,
+def mask_scores(
+    s,
     bias,
     factor,
     event,
@@ -235,22 +234,19 @@ def score_tile(
     HAS_BIAS: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """`(scores [M, N], unit)`: scores * unit is in units of log2. Hidden ones are -inf.
+    """Products `s [M, N]` as scores: `(scores, unit)`, scores * unit in units of log2, -inf where hidden.
 
-    `q [M, D]`, `k [N, D]`, zeros where not shown; `bias [N]` in units of log2, -inf where not shown. MASKED:
-    some of the rows do not see some of the events.
+    `bias [N]`, in units of log2, is -inf where not shown. MASKED: some rows do not see some of the events.
     """
-    N: tl.constexpr = k.shape[0]
-    s = dot(q, tl.trans(k), tl.zeros((q.shape[0], N), tl.float32), PRECISION)
     unit = factor
     if HAS_BIAS:
         s = tl.fma(s, tl.zeros_like(s) + factor, tl.broadcast_to(bias[None, :], s.shape))
         unit = 1.0
     if MASKED:
         if HAS_VISIBLE:
-            s = tl.where((event + tl.arange(0, N))[None, :] < seen[:, None], s, -float("inf"))
+            n = event + tl.arange(0, s.shape[1])
+            s = tl.where(n[None, :] < seen[:, None], s, -float("inf"))
         elif not HAS_BIAS:
             s = tl.where(shown[None, :], s, -float("inf"))
     return s, unit
@@ -277,10 +273,21 @@ def softmax_step(m, l, s, unit):
 
 
 @triton.jit
+def softmax_merge(m, l, acc, m_next, l_next, acc_next):
+    """The softmax over two stretches of events as one; exactly the other one where one saw nothing."""
+    highest = tl.maximum(m, m_next)
+    a = tl.where(m == highest, 1.0, tl.exp2(m - highest))
+    b = tl.where(m_next == highest, 1.0, tl.exp2(m_next - highest))
+    acc = tl.fma(acc, tl.broadcast_to(a[:, None], acc.shape), acc_next * b[:, None])
+    return highest, tl.fma(l, a, l_next * b), acc
+
+
+@triton.jit
 def softmax_end(m, l):
     """`(1 / l, lse)`, the log-sum-exp in nats; 0 and -inf for rows that saw nothing."""
     nothing = l == 0.0
-    return tl.where(nothing, 0.0, 1.0 / l), tl.where(nothing, -float("inf"), (m + tl.log2(l)) * LN2)
+    some = tl.where(nothing, 1.0, l)
+    return tl.where(nothing, 0.0, 1.0 / some), tl.where(nothing, -float("inf"), (m + tl.log2(some)) * LN2)
 
 
 @triton.jit
@@ -312,6 +319,8 @@ def stream(
     HAS_BIAS: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIAS_UNIT: tl.constexpr = LOG2E,
+    q_at=None,
 ):
     """Runs rows `q [M, D]` over events `first … most` of a history and returns the last state.
 
@@ -321,19 +330,22 @@ def stream(
 
         state = STEP(state, context, s, unit, k, event, shown, MASKED)
 
-    with scores as from `score_tile`, the keys `k [N, D]`, the number of the tile's first event in the history
-    and `shown [N]`, the events that any row sees: what else is read of the others must be masked.
+    with scores as from `mask_scores`, the keys `k [N, D]`, the number of the tile's first event in the
+    history and `shown [N]`, the events that any row sees: what else is read of the others must be masked.
+
+    BIAS_UNIT multiplies the bias; 1.0, and a factor without log2(e), make the scores natural. With `q_at =
+    (pointers [M] to the rows of q, valid [M])` exact fp32 products go over the head dim piece by piece.
     """
     full = first + tl.maximum(least - first, 0) // BLOCK_N * BLOCK_N
     for event in range(first, full, BLOCK_N):
         state = _tile(
             STEP, state, context, q, key, key_stride, bias, bias_stride, factor, event, most, seen,
-            D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, False, PRECISION,
+            D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, False, PRECISION, BIAS_UNIT, q_at,
         )  # fmt: skip
     for event in range(full, most, BLOCK_N):
         state = _tile(
             STEP, state, context, q, key, key_stride, bias, bias_stride, factor, event, most, seen,
-            D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, True, PRECISION,
+            D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, True, PRECISION, BIAS_UNIT, q_at,
         )  # fmt: skip
     return state
 
@@ -359,27 +371,59 @@ def _tile(
     HAS_VISIBLE: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    BIAS_UNIT: tl.constexpr,
+    q_at,
 ):
-    bias_tile, shown = load_bias(bias, event, bias_stride, most, BLOCK_N, HAS_BIAS, MASKED)
-    k = load_events(key, event, key_stride, shown, not (HAS_BIAS or MASKED), D, BLOCK_D, BLOCK_N)
-    s, unit = score_tile(
-        q, k, bias_tile, factor, event, shown, seen, HAS_BIAS, HAS_VISIBLE, MASKED, PRECISION
-    )
+    ALL: tl.constexpr = not (HAS_BIAS or MASKED)
+    bias_tile, shown = load_bias(bias, event, bias_stride, most, BLOCK_N, HAS_BIAS, MASKED, BIAS_UNIT)
+    k = load_events(key, event, key_stride, shown, ALL, D, BLOCK_D, BLOCK_N)
+    if q_at is None or INTERPRETED or q.dtype != tl.float32 or PRECISION != "ieee":
+        s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32), PRECISION)
+    else:
+        s = _exact_products(q_at[0], q_at[1], key, event, key_stride, shown, D, BLOCK_N)
+    s, unit = mask_scores(s, bias_tile, factor, event, shown, seen, HAS_BIAS, HAS_VISIBLE, MASKED)
     return STEP(state, context, s, unit, k, event, shown, MASKED)
 
 
 @triton.jit
-def load_bias(bias, event, stride, most, N: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr):
-    """`(bias [N] in units of log2, shown [N])` of the events `event … + N`; those from `most` on, and those
-    that a bias of -inf hides, are not shown."""
+def _exact_products(q_at, valid, key, event, stride, shown, D: tl.constexpr, N: tl.constexpr):
+    """`q @ k.T` in fp32 of whole rows, 16 numbers of the head dim at a time.
+
+    In one `tl.dot` every thread holds its rows' whole reduction in registers: at D = 32 it spills, at D = 128
+    it is 16 thousand instructions of spilling.
+    """
+    n, d = tl.arange(0, N), tl.arange(0, 16)
+    k_at = key + tl.cast(event, tl.int64) * stride + n * stride
+    s = tl.zeros((q_at.shape[0], N), tl.float32)
+    for begin in tl.range(0, D, 16, num_stages=1):
+        inside = begin + d < D
+        q = tl.load(q_at[:, None] + (begin + d)[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+        k = tl.load(k_at[:, None] + (begin + d)[None, :], mask=shown[:, None] & inside[None, :], other=0.0)
+        s = tl.dot(q, tl.trans(k), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def load_bias(
+    bias,
+    event,
+    stride,
+    most,
+    N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BIAS_UNIT: tl.constexpr = LOG2E,
+):
+    """`(bias [N] * BIAS_UNIT, shown [N])` of the events `event … + N`; those from `most` on, and those that a
+    bias of -inf hides, are not shown."""
     n = event + tl.arange(0, N)
     shown = n < most
     tile = tl.zeros((N,), tl.float32)
     if HAS_BIAS:
         at = bias + n.to(tl.int64) * stride
         if MASKED:
-            tile = tl.load(at, mask=shown, other=-float("inf")).to(tl.float32) * LOG2E
+            tile = tl.load(at, mask=shown, other=-float("inf")).to(tl.float32) * BIAS_UNIT
         else:
-            tile = tl.load(at).to(tl.float32) * LOG2E
+            tile = tl.load(at).to(tl.float32) * BIAS_UNIT
         shown = tile != -float("inf")
     return tile, shown

@@ -10,81 +10,135 @@ from torch import Tensor
 from . import streaming as st
 from .launch import native_head_dim, parameters
 
+# Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are merged
+# in order, by the same arithmetic whether one block runs all of them or a block each (`_spread`).
+CHUNK = tl.constexpr(1024)
+# Streaming multiprocessors of the smallest chip that is aimed at: an A100 has 108.
+PROCESSORS = 108
+MOST_PARTS = 2048  # blocks whose parts wait in memory at once: 64 x 130 floats each make 70 MB
+NEVER = tl.constexpr(2**31 - 1)
+_SIZES = ["users", "total_rows", "total_events", "heads"]
+
 
 @triton.jit
 def _weighted_value(state, context, s, unit, k, event, shown, MASKED: tl.constexpr):
+    """The step that adds up values: `(m [M], l [M], acc [M, D])`."""
+    value, stride = context[0], context[1]
+    HAS_BIAS: tl.constexpr = context[2]
+    D: tl.constexpr = context[3]
+    PRECISION: tl.constexpr = context[4]
     m, l, acc = state
-    value, stride, seen = context[0], context[1], context[2]
-    HAS_BIAS: tl.constexpr = context[3]
-    CAREFUL: tl.constexpr = context[4]
-    D: tl.constexpr = context[5]
-    PRECISION: tl.constexpr = context[6]
-    N: tl.constexpr = k.shape[0]
-    v = st.load_events(value, event, stride, shown, not (HAS_BIAS or MASKED), D, k.shape[1], N)
+    v = st.load_events(value, event, stride, shown, not (HAS_BIAS or MASKED), D, k.shape[1], k.shape[0])
     m, l, alpha, p = st.softmax_step(m, l, s, unit)
-    acc = acc * alpha[:, None]
-    if CAREFUL and MASKED:
-        sees = (event + tl.arange(0, N))[None, :] < seen[:, None]
-        acc = st.accumulate_seen(acc, p.to(v.dtype), v, sees, PRECISION)
-    else:
-        acc = st.dot(p.to(v.dtype), v, acc, PRECISION)
+    return m, l, st.dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
+
+
+@triton.jit
+def _finite_value(state, context, s, unit, k, event, shown, MASKED: tl.constexpr):
+    """The same for values that may not be finite: those are left out, and where each column has its first
+    NaN, infinity and negative infinity is noted, [D] each."""
+    value, stride = context[0], context[1]
+    D: tl.constexpr = context[3]
+    PRECISION: tl.constexpr = context[4]
+    m, l, acc, nan, plus, minus = state
+    v = st.load_events(value, event, stride, shown, False, D, k.shape[1], k.shape[0])
+    m, l, alpha, p = st.softmax_step(m, l, s, unit)
+    nan = tl.minimum(nan, _first(v != v, event))
+    plus = tl.minimum(plus, _first(v == float("inf"), event))
+    minus = tl.minimum(minus, _first(v == -float("inf"), event))
+    finite = tl.where(st.is_finite(v), v, tl.zeros_like(v))
+    acc = st.dot(p.to(v.dtype), finite, acc * alpha[:, None], PRECISION)
+    return m, l, acc, nan, plus, minus
+
+
+@triton.jit
+def _first(what, event):
+    """The first event of each column of `what [N, D]`, whose rows are events from `event` on; or NEVER."""
+    n = event + tl.arange(0, what.shape[0])
+    return tl.min(tl.where(what, n[:, None], NEVER), 0)
+
+
+@triton.jit
+def _start(rows, own, factor, chunk, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_SELF: tl.constexpr):
+    """The state before a chunk: nothing; before the first one the self slot, if there is one."""
+    q, candidates, kv_heads, valid = rows
+    m, l, acc = _nothing(q.shape[0], BLOCK_D)
+    if HAS_SELF:  # noqa: SIM102
+        if chunk == 0:
+            m, l = st.self_slot(q, own[0], candidates, kv_heads, own[1], own[2], valid, factor, D, BLOCK_D)
+            v = st.load_rows(own[3], candidates, kv_heads, own[4], own[5], valid, D, BLOCK_D)
+            acc = v.to(tl.float32)
     return m, l, acc
 
 
 @triton.jit
-def _attend(
-    q,
-    candidates,
-    kv_head,
-    valid,
-    key,
-    key_stride,
-    value,
-    value_stride,
-    self_key,
-    self_key_row_stride,
-    self_key_head_stride,
-    self_value,
-    self_value_row_stride,
-    self_value_head_stride,
-    bias,
-    bias_stride,
-    factor,
+def _chunk(
+    rows,
+    own,
+    events,
+    q_at,
+    seen,
     least,
     most,
-    seen,
+    chunk,
+    factor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr,
     HAS_SELF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_VISIBLE: tl.constexpr,
-    CAREFUL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`(m, l, acc)` of a tile of rows over the whole history."""
-    M: tl.constexpr = q.shape[0]
-    if HAS_SELF:
-        m, l = st.self_slot(
-            q, self_key, candidates, kv_head, self_key_row_stride, self_key_head_stride, valid, factor,
-            D, BLOCK_D,
-        )  # fmt: skip
-        acc = st.load_rows(
-            self_value, candidates, kv_head + candidates * 0, self_value_row_stride, self_value_head_stride,
-            valid, D, BLOCK_D,
-        ).to(tl.float32)  # fmt: skip
-    else:
-        m = tl.full((M,), -float("inf"), tl.float32)
-        l = tl.zeros((M,), tl.float32)
-        acc = tl.zeros((M, BLOCK_D), tl.float32)
-    return st.stream(
-        _weighted_value, (m, l, acc), (value, value_stride, seen, HAS_BIAS, CAREFUL, D, PRECISION), q,
-        key, key_stride, bias, bias_stride, factor, 0, least, most,
-        seen, D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION,
+    """`(m, l, acc)` of a tile of rows over one chunk."""
+    q, valid = rows[0], rows[3]
+    key, key_stride, value, value_stride, bias, bias_stride = events
+    first = chunk * CHUNK
+    last = tl.minimum(most, first + CHUNK)
+    m, l, acc = st.stream(
+        _weighted_value, _start(rows, own, factor, chunk, D, BLOCK_D, HAS_SELF),
+        (value, value_stride, HAS_BIAS, D, PRECISION), q, key, key_stride, bias, bias_stride, factor,
+        first, tl.minimum(least, last), last, seen,
+        D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION, st.LOG2E, q_at,
     )  # fmt: skip
+    if HAS_VISIBLE:  # noqa: SIM102
+        # A NaN may have come from an event that its row does not see: 0 * NaN. Then once more, with care.
+        if st.any_non_finite(acc, valid):
+            never = tl.full((BLOCK_D,), NEVER, tl.int32)
+            m, l, acc = _start(rows, own, factor, chunk, D, BLOCK_D, HAS_SELF)
+            m, l, acc, nan, plus, minus = st.stream(
+                _finite_value, (m, l, acc, never, never, never),
+                (value, value_stride, HAS_BIAS, D, PRECISION), q, key, key_stride, bias, bias_stride, factor,
+                first, first, last, seen,
+                D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION, st.LOG2E, q_at,
+            )  # fmt: skip
+            acc = tl.where(seen[:, None] > plus[None, :], acc + float("inf"), acc)
+            acc = tl.where(seen[:, None] > minus[None, :], acc - float("inf"), acc)
+            acc = tl.where(seen[:, None] > nan[None, :], float("nan"), acc)
+    return m, l, acc
 
 
 @triton.jit
+def _load_part(part, at, valid, BLOCK_D: tl.constexpr):
+    """`(m, l, acc)` of rows `at` from a part [rows, BLOCK_D + 2]."""
+    row = part + at * (BLOCK_D + 2)
+    acc = tl.load(row[:, None] + tl.arange(0, BLOCK_D)[None, :], mask=valid[:, None], other=0.0)
+    return (
+        tl.load(row + BLOCK_D, mask=valid, other=0.0),
+        tl.load(row + BLOCK_D + 1, mask=valid, other=0.0),
+        acc,
+    )
+
+
+@triton.jit
+def _store_part(part, at, valid, m, l, acc, BLOCK_D: tl.constexpr):
+    row = part + at * (BLOCK_D + 2)
+    tl.store(row[:, None] + tl.arange(0, BLOCK_D)[None, :], acc, mask=valid[:, None])
+    tl.store(row + BLOCK_D, m, mask=valid)
+    tl.store(row + BLOCK_D + 1, l, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _forward(
     query,
     key,
@@ -96,12 +150,13 @@ def _forward(
     self_key,
     self_value,
     key_bias,
+    parts,
     out,
     lse,
     factor,
     users,
-    rows,
-    events,
+    total_rows,
+    total_events,
     heads,
     query_row_stride,
     query_head_stride,
@@ -126,41 +181,131 @@ def _forward(
     HAS_SELF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):
-    user, first, end = st.find_tile(tl.program_id(0), q_offsets, users, rows, BLOCK_M // PACK)
+    """A tile of rows over its user's history.
+
+    CHUNKS: "one", no history is longer; "in order", this block runs all of them; "apart", only chunk
+    `program_id(2)`, whose softmax goes to `parts`.
+    """
+    user, first, end = st.find_tile(tl.program_id(0), q_offsets, users, total_rows, BLOCK_M // PACK)
     if first >= end:
         return
     head = tl.program_id(1) * PACK
     kv_head = (head // GROUP).to(tl.int64)
-    begin, _, length = st.history(kv_offsets, kv_lengths, user, events, HAS_LENGTHS)
+    begin, _, length = st.history(kv_offsets, kv_lengths, user, total_events, HAS_LENGTHS)
     candidates, row_heads, valid = st.row_tile(first, end, head, PACK, BLOCK_M)
     seen, least, most = st.seen_events(visible, candidates, valid, length, HAS_VISIBLE)
+    chunks = tl.maximum(tl.cdiv(most, CHUNK), 1)
+    chunk = tl.program_id(2)
+    if chunk >= chunks:
+        return
     q = st.load_rows(query, candidates, row_heads, query_row_stride, query_head_stride, valid, D, BLOCK_D)
+    q_at = query + candidates.to(tl.int64) * query_row_stride + row_heads.to(tl.int64) * query_head_stride
     key += begin * key_row_stride + kv_head * key_head_stride
     value += begin * value_row_stride + kv_head * value_head_stride
     if HAS_BIAS:
         key_bias += begin * bias_row_stride + head.to(tl.int64) * bias_head_stride
-    m, l, acc = _attend(
-        q, candidates, kv_head, valid, key, key_row_stride, value, value_row_stride,
+    rows = (q, candidates, candidates * 0 + kv_head, valid)
+    own = (
         self_key, self_key_row_stride, self_key_head_stride,
         self_value, self_value_row_stride, self_value_head_stride,
-        key_bias, bias_row_stride, factor, least, most, seen,
-        D, BLOCK_D, BLOCK_N, HAS_SELF, HAS_BIAS, HAS_VISIBLE, False, PRECISION,
     )  # fmt: skip
-    if HAS_VISIBLE:  # noqa: SIM102
-        # A NaN may have come from an event that its row does not see. (Two conditions: the outer one is
-        # decided when compiling.)
-        if st.any_non_finite(acc, valid):
-            m, l, acc = _attend(
-                q, candidates, kv_head, valid, key, key_row_stride, value, value_row_stride,
-                self_key, self_key_row_stride, self_key_head_stride,
-                self_value, self_value_row_stride, self_value_head_stride,
-                key_bias, bias_row_stride, factor, least, most, seen,
-                D, BLOCK_D, BLOCK_N, HAS_SELF, HAS_BIAS, HAS_VISIBLE, True, PRECISION,
+    events = (key, key_row_stride, value, value_row_stride, key_bias, bias_row_stride)
+    at = candidates.to(tl.int64) * heads + row_heads
+    if CHUNKS == "in order":
+        m, l, acc = _nothing(BLOCK_M, BLOCK_D)
+        for chunk in range(chunks):
+            m, l, acc = _chunk(
+                rows, own, events, (q_at, valid), seen, least, most, chunk, factor,
+                D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_SELF, HAS_BIAS, PRECISION,
             )  # fmt: skip
+            # What is merged so far waits in memory while a chunk runs: in registers there is no room for it.
+            if chunk > 0:
+                m_before, l_before, acc_before = _load_part(parts, at, valid, BLOCK_D)
+                m, l, acc = st.softmax_merge(m_before, l_before, acc_before, m, l, acc)
+            if chunk + 1 < chunks:
+                tl.debug_barrier()  # other threads may still read what this overwrites
+                _store_part(parts, at, valid, m, l, acc, BLOCK_D)
+                tl.debug_barrier()
+    else:
+        m, l, acc = _chunk(
+            rows, own, events, (q_at, valid), seen, least, most, chunk, factor,
+            D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_SELF, HAS_BIAS, PRECISION,
+        )  # fmt: skip
+    if CHUNKS == "apart":
+        _store_part(_part_of(parts, chunk, total_rows, heads, BLOCK_D), at, valid, m, l, acc, BLOCK_D)
+    else:
+        _finish(out, lse, candidates, row_heads, heads, valid, m, l, acc, D, BLOCK_D)
+
+
+@triton.jit
+def _nothing(M: tl.constexpr, BLOCK_D: tl.constexpr):
+    return (
+        tl.full((M,), -float("inf"), tl.float32),
+        tl.zeros((M,), tl.float32),
+        tl.zeros((M, BLOCK_D), tl.float32),
+    )
+
+
+@triton.jit
+def _part_of(parts, chunk, total_rows, heads, BLOCK_D: tl.constexpr):
+    return parts + tl.cast(chunk, tl.int64) * total_rows * heads * (BLOCK_D + 2)
+
+
+@triton.jit
+def _finish(
+    out, lse, candidates, heads, total_heads, valid, m, l, acc, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     inverse, log_sum = st.softmax_end(m, l)
-    st.store_rows(out, candidates, row_heads, heads * D, D, valid, acc * inverse[:, None], D, BLOCK_D)
-    tl.store(lse + candidates * heads + row_heads, log_sum, mask=valid)
+    st.store_rows(out, candidates, heads, total_heads * D, D, valid, acc * inverse[:, None], D, BLOCK_D)
+    tl.store(lse + candidates.to(tl.int64) * total_heads + heads, log_sum, mask=valid)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _merge(
+    q_offsets,
+    kv_offsets,
+    kv_lengths,
+    visible,
+    parts,
+    out,
+    lse,
+    users,
+    total_rows,
+    total_events,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr,
+):
+    """Merges what `_forward` wrote with CHUNKS apart, over the same tiles of rows."""
+    user, first, end = st.find_tile(tl.program_id(0), q_offsets, users, total_rows, BLOCK_M // PACK)
+    if first >= end:
+        return
+    _, _, length = st.history(kv_offsets, kv_lengths, user, total_events, HAS_LENGTHS)
+    candidates, row_heads, valid = st.row_tile(first, end, tl.program_id(1) * PACK, PACK, BLOCK_M)
+    _, _, most = st.seen_events(visible, candidates, valid, length, HAS_VISIBLE)
+    at = candidates.to(tl.int64) * heads + row_heads
+    m, l, acc = _load_part(parts, at, valid, BLOCK_D)
+    for chunk in range(1, tl.cdiv(most, CHUNK)):
+        part = _part_of(parts, chunk, total_rows, heads, BLOCK_D)
+        m_next, l_next, acc_next = _load_part(part, at, valid, BLOCK_D)
+        m, l, acc = st.softmax_merge(m, l, acc, m_next, l_next, acc_next)
+    _finish(out, lse, candidates, row_heads, heads, valid, m, l, acc, D, BLOCK_D)
+
+
+def _chunks_apart(blocks: int, events: int) -> int:
+    """How many chunks get a block each: 1, all in one block, unless rows alone do not fill half of the chip.
+
+    The result is the same to the bit. No history is longer than all `events`, which is known without a look
+    at the device.
+    """
+    chunks = triton.cdiv(events, CHUNK.value)
+    return chunks if chunks > 1 and 2 * blocks <= PROCESSORS and blocks * chunks <= MOST_PARTS else 1
 
 
 def target_attention(
@@ -186,6 +331,9 @@ def target_attention(
     if out.numel() == 0:
         return out, lse
     query, factor = st.positive_scale(st.rows_of(query), scale)
+    q_offsets, kv_offsets, kv_lengths, visible = (
+        x if x is None else x.contiguous() for x in (q_offsets, kv_offsets, kv_lengths, visible)
+    )
     key, value, self_key, self_value = (st.rows_of(x) for x in (key, value, self_key, self_value))
     group = heads // kv_heads
     p = parameters(
@@ -197,21 +345,33 @@ def target_attention(
     )
     # With a bias a tile has one head, so that the bias is a vector.
     pack = group if key_bias is None and group <= p.block_m else 1
-    grid = (triton.cdiv(rows, p.block_m // pack) + users, heads // pack)
-    none = (0, 0)
-    _forward[grid](
-        query, key, value, *(x.contiguous() for x in (q_offsets, kv_offsets)),
-        kv_lengths if kv_lengths is None else kv_lengths.contiguous(),
-        visible if visible is None else visible.contiguous(),
-        self_key, self_value, key_bias, out, lse, factor, users, rows, events, heads,
+    tiles, head_tiles = triton.cdiv(rows, p.block_m // pack) + users, heads // pack
+    apart = _chunks_apart(tiles * head_tiles, events)
+    block_d = native_head_dim(dim)
+    parts = None
+    if events > CHUNK.value:
+        parts = query.new_empty((apart, rows, heads, block_d + 2), dtype=torch.float32)
+    common = {
+        "D": dim,
+        "BLOCK_D": block_d,
+        "PACK": pack,
+        "BLOCK_M": p.block_m,
+        "HAS_LENGTHS": kv_lengths is not None,
+        "HAS_VISIBLE": visible is not None,
+        "num_warps": p.num_warps,
+    }
+    chunks = "one" if parts is None else "apart" if apart > 1 else "in order"
+    sizes = (users, rows, events, heads)
+    jagged = (q_offsets, kv_offsets, kv_lengths, visible)
+    _forward[tiles, head_tiles, apart](
+        query, key, value, *jagged, self_key, self_value, key_bias, parts, out, lse, factor, *sizes,
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        *(none if self_key is None else self_key.stride()[:2]),
-        *(none if self_value is None else self_value.stride()[:2]),
-        *(none if key_bias is None else key_bias.stride()),
-        D=dim, BLOCK_D=native_head_dim(dim), GROUP=group, PACK=pack,
-        BLOCK_M=p.block_m, BLOCK_N=p.block_n,
-        HAS_LENGTHS=kv_lengths is not None, HAS_VISIBLE=visible is not None,
-        HAS_SELF=self_key is not None, HAS_BIAS=key_bias is not None,
-        PRECISION=st.precision(query.dtype), num_warps=p.num_warps, num_stages=p.num_stages,
+        *((0, 0) if self_key is None else self_key.stride()[:2]),
+        *((0, 0) if self_value is None else self_value.stride()[:2]),
+        *((0, 0) if key_bias is None else key_bias.stride()),
+        GROUP=group, BLOCK_N=p.block_n, HAS_SELF=self_key is not None, HAS_BIAS=key_bias is not None,
+        PRECISION=st.precision(query.dtype), CHUNKS=chunks, num_stages=p.num_stages, **common,
     )  # fmt: skip
+    if apart > 1:
+        _merge[tiles, head_tiles, 1](*jagged, parts, out, lse, *sizes, **common)
     return out, lse

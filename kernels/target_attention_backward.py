@@ -26,19 +26,49 @@ from .launch import native_head_dim, parameters
 
 
 @triton.jit
+def _exact_products(a_at, a_valid, b_at, b_valid, D: tl.constexpr):
+    """`a @ b.T` in fp32 of whole rows, by pointers to them, 16 numbers of the head dim at a time."""
+    d = tl.arange(0, 16)
+    s = tl.zeros((a_at.shape[0], b_at.shape[0]), tl.float32)
+    for begin in tl.range(0, D, 16, num_stages=1):
+        inside = begin + d < D
+        a = tl.load(a_at[:, None] + (begin + d)[None, :], mask=a_valid[:, None] & inside[None, :], other=0.0)
+        b = tl.load(b_at[:, None] + (begin + d)[None, :], mask=b_valid[:, None] & inside[None, :], other=0.0)
+        s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _products(a, a_at, a_valid, b, b_at, b_valid, D: tl.constexpr, PRECISION: tl.constexpr):
+    """`a @ b.T` of rows `a [M, D]` and `b [N, D]`, which are also given by pointers to them."""
+    if a.dtype != tl.float32 or PRECISION != "ieee" or st.INTERPRETED:
+        nothing = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
+        return st.dot(a, tl.trans(b), nothing, PRECISION)
+    else:
+        return _exact_products(a_at, a_valid, b_at, b_valid, D)
+
+
+@triton.jit
 def _add_grad_query(state, context, s, unit, k, event, shown, MASKED: tl.constexpr):
     """The readout of the rows' pass: adds dS·K. `state` is `(grad, shift, total)`.
 
     `grad` is dQ / scale and `total` the sum of the weights, kept for fp32 only.
     """
     grad, shift, total = state
-    value, value_stride, d_out, lse, d_lse, seen, self_slot, HAS_BIAS, CAREFUL, D, PRECISION = context
+    value, value_stride, d_out, lse = context[0], context[1], context[2], context[3]
+    d_lse, seen, self_weight, self_grad = context[4], context[5], context[6], context[7]
+    d_out_at, sees_any = context[8], context[9]
+    HAS_BIAS: tl.constexpr = context[10]
+    CAREFUL: tl.constexpr = context[11]
+    D: tl.constexpr = context[12]
+    PRECISION: tl.constexpr = context[13]
     N: tl.constexpr = k.shape[0]
     v = st.load_events(value, event, value_stride, shown, not (HAS_BIAS or MASKED), D, k.shape[1], N)
     p = st.weights_of(s, unit, lse)
     if k.dtype == tl.float32:
         total += tl.sum(p, 1)
-    dp = st.dot(d_out, tl.trans(v), tl.zeros((d_out.shape[0], N), tl.float32), PRECISION)
+    v_at = value + (event + tl.arange(0, N)).to(tl.int64) * value_stride
+    dp = _products(d_out, d_out_at, sees_any, v, v_at, shown, D, PRECISION)
     sees = (event + tl.arange(0, N))[None, :] < seen[:, None]
     if CAREFUL and MASKED:
         dp = tl.where(sees, dp, 0.0)
@@ -46,7 +76,6 @@ def _add_grad_query(state, context, s, unit, k, event, shown, MASKED: tl.constex
         if event == 0:
             # A shift made from `out` has the error of its rounding. Where all events of a row are here, it is
             # known better; plain PyTorch, which keeps the weights, is nearly exact for such a row.
-            self_weight, self_grad = self_slot
             here = tl.sum(p, 1) + self_weight
             mean = (tl.sum(p * dp, 1) + self_weight * self_grad) / tl.where(here > 0.0, here, 1.0)
             shift = tl.where(seen < N, mean - d_lse, shift)
@@ -56,6 +85,48 @@ def _add_grad_query(state, context, s, unit, k, event, shown, MASKED: tl.constex
     else:
         grad = st.dot(ds, k, grad, PRECISION)
     return grad, shift, total
+
+
+@triton.jit
+def _stream(
+    state,
+    self_weight,
+    self_grad,
+    q,
+    q_at,
+    d_out,
+    d_out_at,
+    sees,
+    lse,
+    d_lse,
+    key,
+    key_stride,
+    value,
+    value_stride,
+    bias,
+    bias_stride,
+    factor,
+    least,
+    most,
+    seen,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_VISIBLE: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The state of a tile of rows after the whole history."""
+    return st.stream(
+        _add_grad_query, state,
+        (
+            value, value_stride, d_out, lse, d_lse, seen, self_weight, self_grad, d_out_at, sees,
+            HAS_BIAS, CAREFUL, D, PRECISION,
+        ),
+        q, key, key_stride, bias, bias_stride, factor, 0, least, most, seen,
+        D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION, q_at=(q_at, sees),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -128,6 +199,8 @@ def _rows(
     d_out = st.load_rows(
         grad_out, candidates, row_heads, grad_out_row_stride, grad_out_head_stride, sees, D, BLOCK_D
     )
+    q_at = query + candidates * query_row_stride + row_heads.to(tl.int64) * query_head_stride
+    d_out_at = grad_out + candidates * grad_out_row_stride + row_heads.to(tl.int64) * grad_out_head_stride
     o = st.load_rows(out, candidates, row_heads, heads * D, D, sees, D, BLOCK_D)
     d_lse = tl.zeros((BLOCK_M,), tl.float32)
     if HAS_GRAD_LSE:
@@ -150,21 +223,18 @@ def _rows(
     if HAS_BIAS:
         key_bias += begin * bias_row_stride + head.to(tl.int64) * bias_head_stride
     start = (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), shift, self_weight)
-    self_slot = (self_weight, self_grad)
-    context = (value, value_row_stride, d_out, lse2, d_lse, seen, self_slot, HAS_BIAS, False, D, PRECISION)
-    grad, shift, total = st.stream(
-        _add_grad_query, start, context, q, key, key_row_stride, key_bias, bias_row_stride, factor, 0, least,
-        most, seen, D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION,
+    grad, shift, total = _stream(
+        start, self_weight, self_grad, q, q_at, d_out, d_out_at, sees, lse2, d_lse, key, key_row_stride,
+        value, value_row_stride, key_bias, bias_row_stride, factor, least, most, seen,
+        D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, False, PRECISION,
     )  # fmt: skip
     if HAS_VISIBLE:
         # A NaN may have come from an event that its row does not see.
         if st.any_non_finite(grad, valid):
-            context = (
-                value, value_row_stride, d_out, lse2, d_lse, seen, self_slot, HAS_BIAS, True, D, PRECISION
-            )  # fmt: skip
-            grad, shift, total = st.stream(
-                _add_grad_query, start, context, q, key, key_row_stride, key_bias, bias_row_stride, factor, 0,
-                least, most, seen, D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION,
+            grad, shift, total = _stream(
+                start, self_weight, self_grad, q, q_at, d_out, d_out_at, sees, lse2, d_lse, key,
+                key_row_stride, value, value_row_stride, key_bias, bias_row_stride, factor, least, most, seen,
+                D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, True, PRECISION,
             )  # fmt: skip
 
     if HAS_SELF:
@@ -296,7 +366,9 @@ def _rows_that_see(visible, begin, end, event):
 @triton.jit
 def _grad_events(
     k,
+    k_at,
     v,
+    v_at,
     grad_key_bias,
     begin,
     event,
@@ -336,17 +408,18 @@ def _grad_events(
     """
     N: tl.constexpr = k.shape[0]
     n = event + tl.arange(0, N)
+    exists = n < length
     grad_k = tl.zeros((N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((N, BLOCK_D), tl.float32)
-    shown_to_any = n < length
+    shown_to_any = exists
     if HAS_BIAS:
         shown_to_any = n < 0
     for i in range(0, GROUP, PACK):
         head = kv_head * GROUP + i
-        shown = n < length
+        shown = exists
         if HAS_BIAS:
-            at = (begin + n) * bias_row_stride + head * bias_head_stride
-            bias = tl.load(key_bias + at, mask=shown, other=-float("inf")).to(tl.float32) * st.LOG2E
+            bias_at = key_bias + (begin + n) * bias_row_stride + head * bias_head_stride
+            bias = tl.load(bias_at, mask=shown, other=-float("inf")).to(tl.float32) * st.LOG2E
             shown = bias != -float("inf")
             shown_to_any = shown_to_any | shown
             grad_bias = tl.zeros((N,), tl.float32)
@@ -363,15 +436,18 @@ def _grad_events(
                 grad_out, candidates, row_heads, grad_out_row_stride, grad_out_head_stride, valid, D, BLOCK_D
             )
             # Events along the rows of the tile: so P and dS are operands where they are.
-            nothing = tl.zeros((N, BLOCK_M), tl.float32)
-            s = st.dot(k, tl.trans(q), nothing, PRECISION) * factor
+            q_at = query + candidates * query_row_stride + row_heads.to(tl.int64) * query_head_stride
+            s = _products(k, k_at, exists, q, q_at, valid, D, PRECISION) * factor
             if HAS_BIAS:
                 s += bias[:, None]
             p = tl.exp2(s - lse[None, :])
             if k.dtype == tl.float32:
                 norm = tl.load(at + 2 * states, mask=valid, other=0.0)
                 p *= norm[None, :]
-            dp = st.dot(v, tl.trans(d_out), nothing, PRECISION)
+            d_out_at = (
+                grad_out + candidates * grad_out_row_stride + row_heads.to(tl.int64) * grad_out_head_stride
+            )
+            dp = _products(v, v_at, exists, d_out, d_out_at, valid, D, PRECISION)
             ds = p * (dp - shift[None, :])
             if HAS_VISIBLE:
                 seen, _, _ = st.seen_events(visible, candidates, valid, length, True)
@@ -392,9 +468,8 @@ def _grad_events(
                 grad_v = st.dot(p.to(v.dtype), d_out, grad_v, PRECISION)
                 grad_k = st.dot(ds.to(k.dtype), q, grad_k, PRECISION)
         if HAS_BIAS:
-            at = (begin + n) * heads + head
-            grad_bias = tl.where(shown, grad_bias, 0.0)
-            tl.store(grad_key_bias + at, grad_bias.to(grad_key_bias.dtype.element_ty), mask=n < room)
+            grad_bias = tl.where(shown, grad_bias, 0.0).to(grad_key_bias.dtype.element_ty)
+            tl.store(grad_key_bias + (begin + n) * heads + head, grad_bias, mask=n < room)
     return grad_k, grad_v, shown_to_any
 
 
@@ -451,6 +526,8 @@ def _events(
     exists = n < begin + length
     k = st.load_rows(key, n, kv_heads, key_row_stride, key_head_stride, exists, D, BLOCK_D)
     v = st.load_rows(value, n, kv_heads, value_row_stride, value_head_stride, exists, D, BLOCK_D)
+    k_at = key + n * key_row_stride + kv_head * key_head_stride
+    v_at = value + n * value_row_stride + kv_head * value_head_stride
 
     first, end = st.user_range(q_offsets, user, rows)
     last = tl.where(event < length, end, first)
@@ -459,7 +536,7 @@ def _events(
         from_, last = _rows_that_see(visible, first, last, event)
         first += (from_ - first) // ROWS * ROWS
     grad_k, grad_v, shown = _grad_events(
-        k, v, grad_key_bias, begin, event, length, room, kv_head, first, last, end,
+        k, k_at, v, v_at, grad_key_bias, begin, event, length, room, kv_head, first, last, end,
         query, grad_out, row_states, visible, key_bias, factor, rows, heads,
         grad_out_row_stride, grad_out_head_stride, query_row_stride, query_head_stride,
         bias_row_stride, bias_head_stride,
@@ -469,7 +546,7 @@ def _events(
         # A NaN may have come from a row that does not see its event.
         if st.any_non_finite(grad_k, shown) or st.any_non_finite(grad_v, shown):
             grad_k, grad_v, shown = _grad_events(
-                k, v, grad_key_bias, begin, event, length, room, kv_head, first, last, end,
+                k, k_at, v, v_at, grad_key_bias, begin, event, length, room, kv_head, first, last, end,
                 query, grad_out, row_states, visible, key_bias, factor, rows, heads,
                 grad_out_row_stride, grad_out_head_stride, query_row_stride, query_head_stride,
                 bias_row_stride, bias_head_stride,

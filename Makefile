@@ -15,7 +15,10 @@ FOLDERS  := $(shell find csrc -type d)  # their times change when a file comes o
 # The tests that go through the kernels, for the runs under one tier and under the sanitizers.
 OP_TESTS := $(wildcard $(foreach op,target_attention softmax_score catalog,tests/test_$(op)*.py))
 
-.PHONY: help env build test tiers lint sanitize aarch64 demo bench clean
+# What else says something of the Triton kernels.
+GPU_TESTS := $(OP_TESTS) $(addprefix tests/,test_op_registration.py test_checks.py test_functional.py test_compile.py test_triton_memory.py)
+
+.PHONY: help env build test tiers test-triton test-emulated test-gpu lint sanitize aarch64 demo bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -45,10 +48,10 @@ $(VENV)/installed: build/extension pyproject.toml constraints.txt
 
 env: $(VENV)/installed ## the whole environment, extension included
 
-test: env lint ## environment, build, lint and all tests, those of the ops once per CPU tier
+test: env lint ## environment, build, lint and all tests, those of the ops once per CPU tier and runner
 	@echo "== tests: all, on this machine's best CPU tier"
 	$(BIN)/pytest -q
-	@$(MAKE) --no-print-directory tiers
+	@$(MAKE) --no-print-directory tiers test-triton test-emulated
 
 # A process each, because the choice is made once in a process.
 tiers: env ## the ops' tests once for each lower CPU tier of this machine
@@ -56,6 +59,20 @@ tiers: env ## the ops' tests once for each lower CPU tier of this machine
 	  echo "== tests: the ops on CPU tier $$tier"; \
 	  ATTNREC_CPU_TIER=$$tier $(BIN)/pytest -q $(OP_TESTS); \
 	done
+
+# The same tests on other runners (tests/runners.py). Slow ones, so on all cores.
+ON_ALL_CORES := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --dist worksteal
+test-triton: env ## the ops' tests on the Triton kernels in Triton's interpreter (ATTNREC_TEST_FULL=1: all cases)
+	@echo "== tests: the ops, Triton kernels interpreted"
+	ATTNREC_TEST_RUNNER=interpreter $(ON_ALL_CORES) $(GPU_TESTS)
+
+test-emulated: env ## the same on the Triton kernels as compiled for sm_80, executed on the CPU
+	@echo "== tests: the ops, Triton kernels compiled for sm_80 and emulated"
+	ATTNREC_TEST_RUNNER=emulator $(ON_ALL_CORES) $(OP_TESTS) tests/test_triton_memory.py
+
+test-gpu: env ## the same on this machine's GPU, and what only a GPU can say
+	@echo "== tests: the ops, on the GPU"
+	ATTNREC_TEST_RUNNER=device $(BIN)/pytest -q $(GPU_TESTS) tests/test_gpu.py
 
 lint: env ## ruff and clang-format
 	@echo "== lint"

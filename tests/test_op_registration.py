@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from helpers import make_jagged, make_offsets
+from helpers import make_jagged
+from helpers_ops import DIFFERENTIABLE, FORWARD_ONLY, first, inputs, of_backward
 from runners import RUNNER
 
 import attnrec
@@ -13,58 +14,6 @@ from attnrec import ops
 from attnrec._extension import extension, reason
 
 pytestmark = pytest.mark.skipif(extension is None, reason=f"no ops without the extension: {reason}")
-
-BATCH = make_jagged([2, 0, 3], [3, 2, 0], heads=4, kv_heads=2, dim=8)
-FULL = make_jagged(
-    [2, 0, 3], [3, 2, 4], heads=4, kv_heads=2, dim=8, options=("kv_lengths", "visible", "self", "key_bias")
-)
-
-
-def inputs(name, dtype=torch.float32, requires_grad=True):
-    """Arguments of op `name`: plain ones, and ones with every option."""
-    users, items = torch.randn(3, 8, dtype=dtype), torch.randn(5, 8, dtype=dtype)
-    bias, offsets, target = torch.randn(5), make_offsets([2, 0, 3]), torch.tensor([4, -100, 0])
-    calls = {
-        "target_attention": [(BATCH.args, {}), (FULL.args, FULL.options | {"scale": 0.5})],
-        "target_attention_weights": [(BATCH.weights_args, {}), (FULL.weights_args, FULL.weights_options)],
-        "target_attention_top": [
-            ((*BATCH.weights_args, 2), {}),
-            ((*FULL.weights_args, 9), FULL.weights_options),
-        ],
-        "softmax_score": [((users, items, offsets), {}), ((users, items, offsets), {"bias": bias})],
-        "catalog_topk": [
-            ((users, items, 2), {}),
-            (
-                (users, items, 5),
-                {"exclude_ids": target[[0, 2]], "exclude_offsets": make_offsets([0, 2, 0]), "bias": bias},
-            ),
-        ],
-        "catalog_cross_entropy": [
-            ((users, items, target), {}),
-            (
-                (users, items, target),
-                {"bias": bias, "logq": bias.neg(), "label_smoothing": 0.1, "temperature": 0.5},
-            ),
-            ((users, items, target), {"negatives": target, "in_batch": True, "bias": bias}),
-        ],
-    }[name]
-
-    def leaf(key, x):
-        differentiable = isinstance(x, torch.Tensor) and x.is_floating_point() and key != "logq"
-        return x.detach().clone().requires_grad_() if differentiable and requires_grad else x
-
-    return [
-        (tuple(leaf(None, x) for x in args), {key: leaf(key, x) for key, x in kwargs.items()})
-        for args, kwargs in calls
-    ]
-
-
-FORWARD = ["target_attention", "softmax_score", "catalog_cross_entropy"]
-FORWARD_ONLY = ["target_attention_weights", "target_attention_top", "catalog_topk"]
-
-
-def first(result):
-    return result[0] if isinstance(result, tuple) else result
 
 
 def op(name):
@@ -90,29 +39,22 @@ def test_schema_is_the_references_signature(name):
             assert argument.default_value == parameter.default
 
 
-@pytest.mark.parametrize("name", FORWARD + FORWARD_ONLY)
+@pytest.mark.parametrize("name", DIFFERENTIABLE + FORWARD_ONLY)
 def test_opcheck(backend, name):
-    for args, kwargs in inputs(name, requires_grad=name in FORWARD):
+    for args, kwargs in inputs(name, requires_grad=name in DIFFERENTIABLE):
         torch.library.opcheck(op(name).default, args, kwargs)
 
 
-@pytest.mark.parametrize("name", FORWARD)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_opcheck_of_the_backward_op(backend, name):
     for args, kwargs in inputs(name, requires_grad=False):
-        result = op(name)(*args, **kwargs)
-        grad = torch.ones_like(first(result))
-        if name == "target_attention":
-            args = (grad, None, *args[:3], *result, *args[3:])
-        elif name == "softmax_score":
-            args = (grad, *args, result)
-        else:
-            args = (grad, *args, result[1])
+        args = of_backward(name, args, op(name)(*args, **kwargs))
         torch.library.opcheck(op(name + "_backward").default, args, kwargs)
 
 
 class TestAutograd:
     @pytest.mark.cpu_only("float64")
-    @pytest.mark.parametrize("name", FORWARD)
+    @pytest.mark.parametrize("name", DIFFERENTIABLE)
     def test_gradients(self, backend, name):
         """Through the op in float64, so through the real kernels."""
         for args, kwargs in inputs(name, torch.float64):
@@ -136,7 +78,7 @@ class TestAutograd:
 
             assert torch.autograd.gradcheck(function, leaves, fast_mode=False)
 
-    @pytest.mark.parametrize("name", FORWARD)
+    @pytest.mark.parametrize("name", DIFFERENTIABLE)
     def test_a_gradient_without_strides(self, backend, name):
         """`sum().backward()` gives an expanded scalar."""
         for args, kwargs in inputs(name):
@@ -165,7 +107,7 @@ class TestAutograd:
         with torch.no_grad():
             assert not first(op(name)(*args, **kwargs)).requires_grad
 
-    @pytest.mark.parametrize("name", FORWARD)
+    @pytest.mark.parametrize("name", DIFFERENTIABLE)
     def test_second_order_refuses(self, backend, name):
         for args, kwargs in inputs(name):
             result = first(op(name)(*args, **kwargs))
@@ -173,7 +115,7 @@ class TestAutograd:
             with pytest.raises(NotImplementedError, match=f"{name} has no second-order gradient"):
                 grad.sum().backward()
 
-    @pytest.mark.parametrize("name", FORWARD + FORWARD_ONLY)
+    @pytest.mark.parametrize("name", DIFFERENTIABLE + FORWARD_ONLY)
     def test_forward_mode_refuses(self, backend, name):
         args, kwargs = inputs(name, requires_grad=False)[0]
         tangent = torch.ones_like(args[0])

@@ -13,6 +13,7 @@ import attnrec
 from attnrec import reference
 
 INF, NAN = float("inf"), float("nan")
+BEYOND_GPU_KERNELS = pytest.param(300, marks=pytest.mark.cpu_only("head dims above 256"))
 
 
 def make(counts, dim, dtype=torch.float32, bias=None, seed=0, spread=1.0):
@@ -43,14 +44,15 @@ def test_every_dtype_and_option(dtype, bias, temperature):
     check(users, items, offsets, temperature=temperature, bias=bias)
 
 
-@pytest.mark.parametrize("dim", [1, 3, 8, 15, 16, 17, 33, 64, 100, 128, 256, 300])
+@pytest.mark.parametrize("dim", [1, 3, 8, 15, 16, 17, 33, 64, 100, 128, 256, BEYOND_GPU_KERNELS])
 def test_every_dim(dim):
     check(*make([5, 40, 130, 64], dim)[:3])
 
 
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 255, 256, 257, 1025, 4095, 4096, 4097, 9000])
 def test_sizes_around_tiles_and_chunks(count):
-    users, items, offsets, bias = make([count, 30, count], 16, bias=torch.float32)
+    # Many users, so that plain PyTorch has its usual error in some of them.
+    users, items, offsets, bias = make([count, *[30] * 12, count], 16, bias=torch.float32)
     check(users, items, offsets, bias=bias)
 
 

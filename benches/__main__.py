@@ -124,11 +124,13 @@ def show(results: dict[str, Any], *, to_stderr: bool) -> None:
     for op, rows in tables.by_op(results["rows"]).items():
         lines = [line for row in rows for line in tables.lines(row)]
         console.table(op, tables.HEADER, lines, to_stderr=to_stderr)
+        if notes := tables.notes(rows):
+            console.say(notes, to_stderr=to_stderr)
     families = tables.family_lines(results["rows"])
     if families:
         console.table("peers' time over ours", tables.FAMILY_HEADER, families, to_stderr=to_stderr)
     for header, lines in tables.variants(results["rows"]):
-        console.table("attnrec with something added", header, lines, to_stderr=to_stderr)
+        console.table(tables.WITH_SOMETHING, header, lines, to_stderr=to_stderr)
     growth = tables.growth_lines(results["rows"])
     if growth:
         console.table("growth", tables.GROWTH_HEADER, growth, to_stderr=to_stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,20 +147,27 @@ class Floors:
 
     def seconds(self, counts: Counts, dtype: str) -> tuple[float, str]:
         """The least time for this work, and which limit it is."""
-        read = next((rate for size, rate in self.bandwidth if size >= counts.bytes), self.bandwidth[-1][1])
         limits = {
             "matrix": counts.flops / self.flops[dtype],
-            "memory": counts.bytes / read,
+            "memory": counts.bytes / self.read_rate(counts.bytes),
             "exponentials": counts.exps / self.exps,
         }
         bound = max(limits, key=lambda name: limits[name])
         return limits[bound], bound
 
+    def read_rate(self, size: float) -> float:
+        """Bytes a second, between two measured sizes by their logarithms: a cache ends gradually."""
+        for (low, fast), (high, slow) in pairwise(self.bandwidth):
+            if low <= size <= high:
+                part = math.log(size / low) / math.log(high / low)
+                return fast ** (1 - part) * slow**part
+        return self.bandwidth[0 if size < self.bandwidth[0][0] else -1][1]
+
     def to_json(self) -> dict[str, Any]:
         return {"flops": self.flops, "bandwidth": [list(pair) for pair in self.bandwidth], "exps": self.exps}
 
 
-SIZES = tuple(1 << n for n in (18, 20, 22, 24, 26, 28))
+SIZES = tuple(1 << n for n in range(18, 29))
 # On a GPU: exponentials a clock and SM of the special-function unit (sm_80 to sm_100).
 SPECIAL_FUNCTIONS_PER_CLOCK = 16
 

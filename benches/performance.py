@@ -12,7 +12,8 @@ from typing import Any
 
 from benches import machine, tables
 from benches.machine import ROOT
-from benches.run import OURS, Row, fastest_peer, ours
+from benches.run import OURS, Row, fastest_peer, is_ours
+from benches.tables import WITH_SOMETHING
 
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benches" / "results"
@@ -64,7 +65,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def op_table(rows: Sequence[Row]) -> str:
     """Ours, and the ratio to each peer in a column of its own."""
-    peers = list(dict.fromkeys(name for row in rows for name in row["results"] if not ours(name)))
+    peers = list(dict.fromkeys(name for row in rows for name in row["results"] if not is_ours(name)))
     lines = []
     for row in rows:
         if OURS in row["wrong"]:
@@ -116,8 +117,7 @@ def _families(rows: Sequence[Row]) -> list[str]:
             table(tables.FAMILY_HEADER, lines),
         ]
     for header, of in tables.variants(rows):
-        words = "attnrec's time with something added, over its time without:\n"
-        parts += [words, table(header, [(f"`{line[0]}`", *line[1:]) for line in of])]
+        parts += [f"{WITH_SOMETHING}:\n", table(header, [(f"`{line[0]}`", *line[1:]) for line in of])]
     return parts
 
 

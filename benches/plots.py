@@ -12,9 +12,23 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter
 
 from benches import tables
-from benches.run import OURS, Row, ours
+from benches.run import OURS, Row, is_ours
 
-COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#db2777", "#64748b")
+# The first is ours in plots that show it; as many as an op has peers.
+COLOURS = (
+    "#2563eb",
+    "#d97706",
+    "#059669",
+    "#9333ea",
+    "#dc2626",
+    "#0891b2",
+    "#a16207",
+    "#db2777",
+    "#64748b",
+    "#65a30d",
+    "#7c2d12",
+    "#0f172a",
+)
 STYLE = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -40,7 +54,7 @@ def ratios(op: str, rows: Sequence[Row], path: Path) -> Path | None:
     rows = [row for row in rows if OURS in row["results"]][::-1]  # first case on top
     if not rows:
         return None
-    peers = sorted({name for row in rows for name in row["results"] if not ours(name)})
+    peers = sorted({name for row in rows for name in row["results"] if not is_ours(name)})
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(
             1, 2, sharey=True, figsize=(10, 1.5 + 0.24 * len(rows)), width_ratios=(3, 1), layout="constrained"
@@ -65,7 +79,6 @@ def ratios(op: str, rows: Sequence[Row], path: Path) -> Path | None:
         left.set_yticks(range(len(rows)), [row["case"] for row in rows])
         left.set_ylim(-0.7, len(rows) - 0.3)
         left.set_xlabel("peer's time / attnrec's (right of the line: attnrec is faster)")
-        left.set_title(op, loc="left", fontweight="bold")
         if peers:
             figure.legend(loc="outside lower center", ncols=min(len(peers), 6))
         shares = [row["results"][OURS]["share"] or 0.0 for row in rows]
@@ -102,34 +115,49 @@ def serving(rows: Sequence[Row], path: Path) -> Path:
     return path
 
 
+ACROSS = 3  # panels side by side: more are too small to read on a page
+
+
 def growth(found: dict[str, dict[str, list[tuple[int, float, float | None]]]], path: Path) -> Path:
-    """Time above, memory below, a column for each size that is varied."""
+    """For each size that is varied time, and memory below it; in the legends the slopes."""
+    bands = -(-len(found) // ACROSS)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            2, len(found), figsize=(3.1 * len(found), 5.4), squeeze=False, layout="constrained"
+            2 * bands, ACROSS, figsize=(10, 5.2 * bands), squeeze=False, layout="constrained"
         )
         names = sorted(
             {name for contenders in found.values() for name in contenders}, key=lambda n: (n != OURS, n)
         )
-        for column, (what, contenders) in enumerate(found.items()):
-            for i, name in enumerate(names):
-                for panel, index, scale in ((0, 1, 1e3), (1, 2, 2.0**-20)):
+        for ax in axes.flat:
+            ax.set_visible(False)
+        for number, (what, contenders) in enumerate(found.items()):
+            band, column = divmod(number, ACROSS)
+            for index, scale, title in ((1, 1e3, f"{what}: time, ms"), (2, 2.0**-20, f"{what}: memory, MiB")):
+                ax = axes[2 * band + index - 1][column]
+                ax.set_visible(True)
+                for i, name in enumerate(names):
                     points = [(p[0], p[index] * scale) for p in contenders.get(name, ()) if p[index]]
-                    if not points:
-                        continue
-                    label = f"{name}, slope {tables.slope(points):.2f}"
-                    ax = axes[panel][column]
-                    ax.plot(*zip(*points, strict=True), "o-", markersize=3.5, label=label, color=COLOURS[i])
-            for panel, title in ((0, f"{what}: time, ms"), (1, "memory, MiB")):
-                ax = axes[panel][column]
-                ax.set_title(title, loc="left", fontsize=9)
-                ax.set_xscale("log", base=2)
-                ax.set_yscale("log")
-                ax.xaxis.set_major_formatter(FuncFormatter(_plain_numbers))
-                ax.yaxis.set_major_formatter(FuncFormatter(_plain_numbers))
-                ax.yaxis.set_minor_formatter(FuncFormatter(_few_numbers))
-                if ax.get_legend_handles_labels()[0]:
-                    ax.legend(fontsize=7)
+                    if points:
+                        label = f"{name}, slope {tables.slope(points):.2f}"
+                        ax.plot(
+                            *zip(*points, strict=True), "o-", markersize=3.5, label=label, color=COLOURS[i]
+                        )
+                _growth_axes(ax, title)
         figure.savefig(path)
         plt.close(figure)
     return path
+
+
+def _growth_axes(ax: plt.Axes, title: str) -> None:
+    ax.set_title(title, loc="left", fontsize=9)
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    low, high = ax.dataLim.intervaly
+    if high < 8 * low:  # else a difference of a tenth fills the panel
+        middle = (low * high) ** 0.5
+        ax.set_ylim(middle / 8**0.5, middle * 8**0.5)
+    ax.xaxis.set_major_formatter(FuncFormatter(_plain_numbers))
+    ax.yaxis.set_major_formatter(FuncFormatter(_plain_numbers))
+    ax.yaxis.set_minor_formatter(FuncFormatter(_few_numbers))
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7)

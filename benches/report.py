@@ -10,9 +10,11 @@ from typing import Any
 
 from benches import machine, plots, tables
 from benches.run import OURS, Row
+from benches.tables import WITH_SOMETHING
 
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #15803d; --bad: #b91c1c; }
+:root { color-scheme: light dark; --line: #8884; --soft: #8881;
+  --good: light-dark(#15803d, #4ade80); --bad: light-dark(#b91c1c, #f87171); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .machine { color: #888; } img { max-width: 100%; background: white; border-radius: 6px; }
@@ -52,7 +54,9 @@ def write(results: dict[str, Any], folder: Path) -> Path:
 def _head(results: dict[str, Any]) -> str:
     floors = results["floors"]
     limits = [f"{dtype} products {rate / 1e9:.0f} GFLOP/s" for dtype, rate in floors["flops"].items()]
-    limits += [f"{tables.bytes_(size)} read at {rate / 1e9:.0f} GB/s" for size, rate in floors["bandwidth"]]
+    limits += [
+        f"{tables.bytes_(size)} read at {rate / 1e9:.0f} GB/s" for size, rate in floors["bandwidth"][::2]
+    ]
     limits += [f"{floors['exps'] / 1e9:.1f} G exponentials/s"]
     return (
         "<h1>attnrec benchmarks</h1>"
@@ -84,10 +88,9 @@ def _families(rows: Sequence[Row]) -> list[str]:
     lines = tables.family_lines(rows)
     if lines:
         table = _plain_table(tables.FAMILY_HEADER, lines)
-        parts.append(f"<details><summary>each peer, by family of cases</summary>{table}</details>")
+        parts.append(f"<details open><summary>each peer, by family of cases</summary>{table}</details>")
     for header, of in tables.variants(rows):
-        words = "<p>attnrec's time with something added, over its time without:</p>"
-        parts += [words, _plain_table(header, of)]
+        parts += [f"<p>{WITH_SOMETHING}:</p>", _plain_table(header, of)]
     return parts
 
 
@@ -105,7 +108,8 @@ def _rows(rows: Sequence[Row]) -> str:
             ]
             kind = " class='ours'" if line[1] == OURS else ""
             body.append(f"<tr{kind}>{''.join(cells)}</tr>")
-    return _table(tables.HEADER, body)
+    notes = tables.notes(rows)
+    return _table(tables.HEADER, body) + (f"<p class='machine'>{html.escape(notes)}</p>" if notes else "")
 
 
 def _tone(column: int, text: str, wrong: bool) -> str:

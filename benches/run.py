@@ -112,10 +112,10 @@ def _right_contenders(
             continue
         except Exception as error:  # whatever a peer raises, and ours too: then it is wrong
             words = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
-            row["wrong" if ours(name) else "refused"][name] = words
+            row["wrong" if is_ours(name) else "refused"][name] = words
             continue
         own = contender.check
-        verdict = own(results) if own else problem.check(results, ours=ours(name))
+        verdict = own(results) if own else problem.check(results, ours=is_ours(name))
         if verdict.right:
             right[name] = contender, verdict
         else:
@@ -151,18 +151,18 @@ def result(times: Times, row: Row, memory: int | None, verdict: Verdict | None, 
     }
 
 
-def ours(name: str) -> bool:
+def is_ours(name: str) -> bool:
     """Whether the contender is our call, or that with something added."""
     return name == OURS or name.startswith(VARIANT)
 
 
 def failed(row: Row) -> bool:
-    return any(ours(name) for name in row["wrong"])
+    return any(is_ours(name) for name in row["wrong"])
 
 
 def fastest_peer(row: Row) -> tuple[str, float] | None:
     """The quickest peer's name and ratio (above 1: ours is faster); None where no peer ran."""
-    ratios = {name: r["ratio"] for name, r in row["results"].items() if not ours(name)}
+    ratios = {name: r["ratio"] for name, r in row["results"].items() if not is_ours(name)}
     if not ratios or OURS not in row["results"]:
         return None
     name = min(ratios, key=lambda n: ratios[n])

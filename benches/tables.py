@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import log
 from typing import Any
 
-from benches.run import OURS, Row, fastest_peer, geometric_mean, ours
+from benches.run import OURS, Row, fastest_peer, geometric_mean, is_ours
 
 HEADER = ("case", "who", "time", "p10 – p90", "ratio", "GFLOP/s", "GB/s", "share", "memory")
 
@@ -37,7 +37,7 @@ def ratio(value: float) -> str:
 def lines(row: Row) -> list[tuple[str, ...]]:
     """A row's lines, ours first with its variants, then the others by speed, then those without a speed."""
     results: dict[str, dict[str, Any]] = row["results"]
-    mine = [name for name in results if ours(name)]
+    mine = [name for name in results if is_ours(name)]
     others = sorted(results.keys() - mine, key=lambda name: results[name]["seconds"])
     found = []
     for name in [*mine, *others]:
@@ -45,12 +45,12 @@ def lines(row: Row) -> list[tuple[str, ...]]:
         found.append(
             (
                 row["case"] if name == OURS else "",
-                f"{name} ({r['note']})" if r["note"] else name,
+                f"{name} *" if r["note"] else name,
                 seconds(r["seconds"]),
                 f"{seconds(r['p10'])} – {seconds(r['p90'])}",
-                "1" if name == OURS else f"×{ratio(r['ratio'])}" if ours(name) else ratio(r["ratio"]),
-                f"{r['gflops']:.3g}",
-                f"{r['gbytes_per_second']:.3g}",
+                "1" if name == OURS else f"×{ratio(r['ratio'])}" if is_ours(name) else ratio(r["ratio"]),
+                _three_digits(r["gflops"]),
+                _three_digits(r["gbytes_per_second"]),
                 "–" if r["share"] is None else f"{r['share']:.0%}",
                 bytes_(r["memory"]),
             )
@@ -59,6 +59,17 @@ def lines(row: Row) -> list[tuple[str, ...]]:
     for name, words in row["wrong"].items():
         found.append((row["case"] if name == OURS else "", name, f"WRONG: {words}", *blank))
     return found
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """What the asterisks mean, or ""."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        for name, result in row["results"].items():
+            of = found.setdefault(result["note"], [])
+            if result["note"] and name not in of:
+                of.append(name)
+    return "; ".join(f"* {', '.join(names)}: {note}" for note, names in found.items() if note)
 
 
 def by_op(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -98,13 +109,11 @@ def family_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     for row in rows:
         if row["varied"] is not None:
             continue
-        ratios = {name: r["ratio"] for name, r in row["results"].items() if not ours(name)}
+        ratios = {name: r["ratio"] for name, r in row["results"].items() if not is_ours(name)}
         for group, members in GROUPS.items():
             together = [ratios[name] for name in members if name in ratios]
-            if together:
+            if len(together) > 1:
                 ratios[group] = min(together)
-        for member in GROUPS["sdpa, better layout"]:
-            ratios.pop(member, None)
         family, _, rest = row["case"].partition("/")
         for name, value in ratios.items():
             of = found.setdefault((f"{row['op']}/{family}", row["dtype"], name), {})
@@ -118,11 +127,14 @@ def family_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return lines
 
 
+WITH_SOMETHING = "attnrec's own time with something added, over its time without"
+
+
 def variants(rows: Sequence[Row]) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
     """Tables of our own call with something added: header, and a line for each case that has such."""
     found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for row in rows:
-        names = [name for name in [*row["results"], *row["wrong"]] if ours(name) and name != OURS]
+        names = [name for name in [*row["results"], *row["wrong"]] if is_ours(name) and name != OURS]
         if not names or OURS not in row["results"]:
             continue
         cells = [
@@ -210,4 +222,5 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
         return float("nan")
     mean_x, mean_y = (sum(column) / len(upper) for column in zip(*upper, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in upper)
-    return sum((x - mean_x) * (y - mean_y) for x, y in upper) / spread
+    # Rounded, with 0.0 added: a slope of -0.001 would be printed as "-0.00".
+    return round(sum((x - mean_x) * (y - mean_y) for x, y in upper) / spread, 2) + 0.0

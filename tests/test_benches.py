@@ -248,6 +248,8 @@ def test_floors():
     assert floors.seconds(Counts(flops=200.0, bytes=10.0, exps=10.0), "fp32") == (2.0, "matrix")
     assert floors.seconds(Counts(flops=1.0, bytes=10.0), "fp32") == (0.2, "memory")
     assert floors.seconds(Counts(flops=1.0, bytes=2000.0), "fp32") == (400.0, "memory")
+    assert floors.read_rate(1) == 50.0
+    assert floors.read_rate(100) == pytest.approx(250**0.5)
     assert floors.seconds(Counts(flops=1.0, bytes=1.0, exps=30.0), "fp32") == (3.0, "exponentials")
 
 

@@ -24,6 +24,7 @@ def _row(case, ratio=None, *, varied=None, seconds=1e-3, more=None, wrong=None):
             "gbytes_per_second": 1.0,
             "share": 0.5,
             "memory": 1 << 20,
+            "note": "",
         }
 
     results = {} if wrong else {OURS: result(seconds, 1.0)}

@@ -15,6 +15,8 @@ struct Pairs {
   // Weights are rounded to bf16: 4e-6 in the exponential are nothing beside 2^-9.
   static constexpr bool kShortExp = true;
 
+  static constexpr Item kFirst = 0xffffu, kSecond = 0xffff0000u;  // of the two elements
+
   static int depth(int head_dim) { return (head_dim + 1) / 2; }
 
   // As `pack_panels`: panel[pair of d][event].
@@ -88,6 +90,56 @@ struct Pairs {
     score_block<M>(queries, panel, panels, head_dim, factor, to);
   }
 
+  // out[r][:] += Σ_p weight[r * row_step + p * pair_step] · from[p][:], as `accumulate_block`.
+  template <bool kApart, int M, int N>
+  static void accumulate_block(const Item* weight, int row_step, int pair_step, const Item* from,
+                               int64_t from_stride, int pairs, Real* out, int64_t out_stride) {
+    typename V::Reg sum[M][N];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) sum[r][j] = kApart ? V::zero() : V::load(out + r * out_stride + j * W);
+#pragma GCC unroll 2
+    for (int p = 0; p < pairs; p++) {
+      typename V::Reg v[N];
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) v[j] = V::load_pairs(from + p * from_stride + j * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) {
+        const typename V::Reg w = V::set1_pairs(weight[r * row_step + p * pair_step]);
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j++) sum[r][j] = V::dot(sum[r][j], w, v[j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) {
+        Real* to = out + r * out_stride + j * W;
+        V::store(to, kApart ? V::add(V::load(to), sum[r][j]) : sum[r][j]);
+      }
+  }
+
+  template <bool kApart, int M = V::kRows>
+  static void accumulate(int rows, const Item* weight, int row_step, int pair_step, const Item* from,
+                         int pairs, int64_t from_stride, int width, Real* out, int64_t out_stride) {
+    if constexpr (M > 1) {
+      if (rows < M) {
+        return accumulate<kApart, M - 1>(rows, weight, row_step, pair_step, from, pairs, from_stride, width,
+                                         out, out_stride);
+      }
+    }
+    int d = 0;
+    for (; d + 2 * W <= width; d += 2 * W) {
+      accumulate_block<kApart, M, 2>(weight, row_step, pair_step, from + d, from_stride, pairs, out + d,
+                                     out_stride);
+    }
+    if (d < width) {
+      accumulate_block<kApart, M, 1>(weight, row_step, pair_step, from + d, from_stride, pairs, out + d,
+                                     out_stride);
+    }
+  }
+
   // Values of packed events, values[pair of events][d], and by tile whether all of them are finite.
   struct Values {
     Values(Arena& arena, int span, int head_dim)
@@ -118,7 +170,8 @@ struct Pairs {
       V::round_to_pairs(weights + (r * kKeys + i) / 2, numbers);
     }
 
-    void accumulate_seen(int rows, const int* seen, const Real*, int packed_event, Real* out) {
+    void accumulate_seen(int rows, const int* seen, const Real*, int packed_event, Real* out,
+                         int64_t out_stride) {
       int most = 0;
       bool alike = true;
       for (int r = 0; r < rows; r++) {
@@ -131,7 +184,8 @@ struct Pairs {
       }
       const Item* from = items + static_cast<int64_t>(packed_event / 2) * width;
       if (finite[packed_event / kKeys]) {  // what a row does not see has weight 0, which adds nothing
-        if (pairs > 0) accumulate<true>(rows, weights, from, pairs, out);
+        if (pairs > 0)
+          accumulate<true>(rows, weights, kKeys / 2, 1, from, pairs, width, width, out, out_stride);
         return;
       }
       for (int r = 0; r < rows; r++) {
@@ -139,55 +193,16 @@ struct Pairs {
         Item last[kMostHeadDim];
         for (int d = 0; d < width; d += W) V::store(sum + d, V::zero());
         const Item* row = weights + r * (kKeys / 2);
-        if (seen[r] / 2 > 0) accumulate<false>(1, row, from, seen[r] / 2, sum);
+        if (seen[r] / 2 > 0) accumulate<false>(1, row, 0, 1, from, seen[r] / 2, width, width, sum, width);
         if (seen[r] % 2) {
           const Item* pair = from + static_cast<int64_t>(seen[r] / 2) * width;
-          for (int d = 0; d < width; d++) last[d] = pair[d] & 0xffffu;
-          accumulate<false>(1, row + seen[r] / 2, last, 1, sum);
+          for (int d = 0; d < width; d++) last[d] = pair[d] & kFirst;
+          accumulate<false>(1, row + seen[r] / 2, 0, 0, last, 1, width, width, sum, width);
         }
-        Real* to = out + static_cast<int64_t>(r) * width;
+        Real* to = out + r * out_stride;
         for (int d = 0; seen[r] && d < width; d += W)
           V::store(to + d, V::add(V::load(to + d), V::load(sum + d)));
       }
-    }
-
-    template <bool kApart, int M = V::kRows>
-    void accumulate(int rows, const Item* weight, const Item* from, int pairs, Real* out) const {
-      if constexpr (M > 1) {
-        if (rows < M) return accumulate<kApart, M - 1>(rows, weight, from, pairs, out);
-      }
-      int d = 0;
-      for (; d + 2 * W <= width; d += 2 * W) accumulate_block<kApart, M, 2>(weight, from + d, pairs, out + d);
-      if (d < width) accumulate_block<kApart, M, 1>(weight, from + d, pairs, out + d);
-    }
-
-    template <bool kApart, int M, int N>
-    void accumulate_block(const Item* weight, const Item* from, int pairs, Real* out) const {
-      typename V::Reg sum[M][N];
-#pragma GCC unroll 8
-      for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++)
-          sum[r][j] = kApart ? V::zero() : V::load(out + static_cast<int64_t>(r) * width + j * W);
-#pragma GCC unroll 2
-      for (int p = 0; p < pairs; p++) {
-        typename V::Reg v[N];
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++) v[j] = V::load_pairs(from + static_cast<int64_t>(p) * width + j * W);
-#pragma GCC unroll 8
-        for (int r = 0; r < M; r++) {
-          const typename V::Reg w = V::set1_pairs(weight[r * (kKeys / 2) + p]);
-#pragma GCC unroll 2
-          for (int j = 0; j < N; j++) sum[r][j] = V::dot(sum[r][j], w, v[j]);
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++) {
-          Real* to = out + static_cast<int64_t>(r) * width + j * W;
-          V::store(to, kApart ? V::add(V::load(to), sum[r][j]) : sum[r][j]);
-        }
     }
 
     int width;
@@ -196,7 +211,42 @@ struct Pairs {
     Item* weights;  // of a block's rows, rounded
   };
 
+  // Rows of numbers, `width` apart, rounded to items of rows 2i and 2i + 1, in the place of row 2i.
+  static void prepare(Real* rows, int count, int width) {
+    for (int r = 0; r < count; r += 2) {
+      Real *a = rows + int64_t{r} * width, *b = a + width;
+      for (int d = 0; d < width; d += W) {
+        const typename V::Reg second = r + 1 < count ? V::load(b + d) : V::zero();
+        V::store_pairs(items(a + d), V::pair(V::load(a + d), second));
+      }
+    }
+  }
+
+  template <bool kApart>
+  static void sum_rows(int events, const Real* weights, const Real* rows, int first, int last, int width,
+                       Real* to) {
+    const int from = first / 2 * 2;
+    accumulate<kApart>(events, items(weights + from * kKeys), 1, 2 * kKeys,
+                       items(rows + int64_t{from} * width), (last - from + 1) / 2, 2 * width, width, to,
+                       width);
+  }
+
+  static void sum_seen_rows(const int* seen, int event, const Real* weights, const Real* rows, int first,
+                            int last, int width, Real* to) {
+    for (int r = first / 2 * 2; r < last; r += 2) {
+      const bool both[] = {seen[r] > event, r + 1 < last && seen[r + 1] > event};
+      if (!both[0] && !both[1]) continue;
+      const Item* pair = items(rows + int64_t{r} * width);
+      Item seen_ones[kMostHeadDim];
+      for (int d = 0; d < width; d++)
+        seen_ones[d] = pair[d] & ((both[0] ? kFirst : 0) | (both[1] ? kSecond : 0));
+      accumulate<false>(1, items(weights + r * kKeys), 0, 0, seen_ones, 1, width, width, to, width);
+    }
+  }
+
  private:
+  static Item* items(Real* numbers) { return reinterpret_cast<Item*>(numbers); }
+  static const Item* items(const Real* numbers) { return reinterpret_cast<const Item*>(numbers); }
   static bool hidden(const Real* hide, int event) {
     return hide && hide[event] == -std::numeric_limits<float>::infinity();
   }

@@ -335,10 +335,11 @@ struct Numbers {
       V::store(scores + r * kKeys + i, weights);
     }
 
-    // out += weights · values for a tile of a block's rows, `width` apart.
-    void accumulate_seen(int rows, const int* seen, const Real* scores, int packed_event, Real* out) {
+    // out += weights · values for a tile of a block's rows.
+    void accumulate_seen(int rows, const int* seen, const Real* scores, int packed_event, Real* out,
+                         int64_t out_stride) {
       attnrec::cpu::accumulate_seen<V>(rows, seen, scores, values + packed_event * value_stride, value_stride,
-                                       width, out, width);
+                                       width, out, out_stride);
     }
 
     int width;
@@ -346,6 +347,23 @@ struct Numbers {
     const Real* values = nullptr;
     int64_t value_stride = 0;
   };
+
+  // Sums over rows into events, to[event] += Σ_r weights[r][event] · rows[r], of rows that `prepare` has
+  // prepared in place. Rows of weights are kKeys apart.
+  static void prepare(Real*, int, int) {}
+  template <bool kApart>
+  static void sum_rows(int events, const Real* weights, const Real* rows, int first, int last, int width,
+                       Real* to) {
+    accumulate<V, kApart>(events, weights + first * kKeys, 1, kKeys, rows + int64_t{first} * width,
+                          int64_t{width}, last - first, width, to, int64_t{width});
+  }
+  // Of one event, only over rows with seen[r] > event.
+  static void sum_seen_rows(const int* seen, int event, const Real* weights, const Real* rows, int first,
+                            int last, int width, Real* to) {
+    for (int r = first; r < last; r++) {
+      if (seen[r] > event) sum_rows<false>(1, weights, rows, r, r + 1, width, to);
+    }
+  }
 };
 
 }  // namespace

@@ -54,7 +54,7 @@ struct WeightedValue {
         V::store(sum + d, V::mul(V::load(sum + d), V::set1(rescale)));
     }
     values.accumulate_seen(t.rows, t.seen, t.scores, t.packed_event,
-                           sums + static_cast<int64_t>(t.first_row) * width);
+                           sums + static_cast<int64_t>(t.first_row) * width, width);
   }
 
   // `out` [T_c, H, D] and `lse` [T_c, H] are contiguous. Rows that are done already stay as they are, and

@@ -25,7 +25,11 @@ struct Backward {
   static int span(int head_dim) { return head_dim <= 64 ? 2 * kKeys : kKeys; }
 
   Backward(Arena& arena, const Attention& attention, const AttentionGradients& gradients, const Unit& unit)
-      : a(attention), g(gradients), whole(unit), width(padded<V>(a.head_dim)) {
+      : a(attention),
+        g(gradients),
+        whole(unit),
+        width(padded<V>(a.head_dim)),
+        keys(arena, span(a.head_dim), a.head_dim) {
     const int64_t events = unit.last_event - unit.first_event;
     base = arena.take<Real>(unit.rows);
     base_rest = arena.take<Real>(unit.rows);
@@ -37,7 +41,6 @@ struct Backward {
     grad_value = arena.take<Real>(events * width);
     grad_bias = arena.take<Real>(a.key_bias ? round_up(events, kKeys) : 0);
     value_panels = arena.take<Item>(static_cast<int64_t>(span(a.head_dim)) * Products::depth(a.head_dim));
-    copied = arena.take<Real>(static_cast<int64_t>(span(a.head_dim)) * width);
     query = arena.take<Real>(int64_t{kChunk} * width);
     grad_out = arena.take<Real>(int64_t{kChunk} * width);
     grad_out_rows = arena.take<Item>(V::kRows * Products::depth(a.head_dim));
@@ -81,8 +84,8 @@ struct Backward {
     const int64_t event = a.kv_offsets[unit.user] + first;
     Products::pack_keys(a.value.at(event, unit.kv_head, a.element), a.element, a.value.row_stride, n,
                         a.head_dim, hide, value_panels);
-    key = event_rows<V>(a.key.at(event, unit.kv_head, a.element), a.element, a.key.row_stride, n, a.head_dim,
-                        hide, false, copied, &key_stride);
+    keys.pack(a.key.at(event, unit.kv_head, a.element), a.element, a.key.row_stride, n, a.head_dim, hide,
+              false);
   }
 
   void tile(const Tile<V>& t) {
@@ -119,12 +122,14 @@ struct Backward {
         const typename V::Reg exact = V::mul(V::load(p + i), V::set1(factor));
         const typename V::Reg d = V::mul(exact, V::sub(V::load(dp + i), V::set1(less)));
         V::store(p + i, exact);
-        V::store(ds + i, V::first(d, seen_here[r] - i, 0));  // the weight is 0 from there on, but not 0 · NaN
+        // The weight is 0 from there on, but not 0 · NaN.
+        const typename V::Reg kept = V::first(d, seen_here[r] - i, 0);
+        V::store(ds + i, kept);
+        keys.keep(r, i, kept, grad_score + at);
       }
     }
-    accumulate_seen<V>(t.rows, seen_here, grad_score + at, key + t.packed_event * key_stride, key_stride,
-                       width, grad_query + whole_row(t.first_row) * width,
-                       static_cast<int64_t>(row_step) * width);
+    keys.accumulate_seen(t.rows, seen_here, grad_score + at, t.packed_event,
+                         grad_query + whole_row(t.first_row) * width, static_cast<int64_t>(row_step) * width);
   }
 
   void finish_heads() {
@@ -270,6 +275,8 @@ struct Backward {
   // Multiplies the chunk's P and dS into the gradients of the packed events.
   void flush() {
     const int all = most(seen, filled);
+    Products::prepare(query, filled, width);
+    Products::prepare(grad_out, filled, width);
     for (int begin = 0; begin < all; begin += kKeys) {
       const int count = static_cast<int>(least(kKeys, all - begin));
       Real *p = weight + int64_t{begin} * kChunk, *ds = grad_score + int64_t{begin} * kChunk;
@@ -278,6 +285,14 @@ struct Backward {
         clear(p + r * kKeys + zeros, count - zeros);
         clear(ds + r * kKeys + zeros, count - zeros);
       }
+      for (int i = 0; a.key_bias && i < count; i += W) {
+        Real* sum = grad_bias + (packed - whole.first_event) + begin + i;
+        typename V::Reg total = V::zero();
+        for (int r = 0; r < filled; r++) total = V::add(total, V::load(ds + r * kKeys + i));
+        V::store(sum, V::add(V::load(sum), total));
+      }
+      Products::prepare(p, filled, kKeys);
+      Products::prepare(ds, filled, kKeys);
       // Rows that see none of these events are left out at both ends (visible = 1, 2, 3 …); between them they
       // have zeros, which would not do against a NaN: with one in the chunk, each event takes its own rows
       // only.
@@ -289,35 +304,19 @@ struct Backward {
         const int64_t to = (packed - whole.first_event + begin + e) * width;
         if (finite) {
           const int events = static_cast<int>(least(V::kRows, count - e));
-          add_rows<true>(first, last, events, p + e, ds + e, grad_value + to, grad_key + to);
+          Products::template sum_rows<true>(events, p + e, grad_out, first, last, width, grad_value + to);
+          Products::template sum_rows<true>(events, ds + e, query, first, last, width, grad_key + to);
         } else if (!hidden(packed + begin + e)) {
           clear(self, 2 * int64_t{width});
-          for (int r = first; r < last; r++) {
-            if (seen[r] > begin + e) add_rows<false>(r, r + 1, 1, p + e, ds + e, self, self + width);
-          }
+          Products::sum_seen_rows(seen, begin + e, p + e, grad_out, first, last, width, self);
+          Products::sum_seen_rows(seen, begin + e, ds + e, query, first, last, width, self + width);
           add_scaled(1, self, grad_value + to);
           add_scaled(1, self + width, grad_key + to);
         }
       }
-      for (int i = 0; a.key_bias && i < count; i += W) {
-        Real* sum = grad_bias + (packed - whole.first_event) + begin + i;
-        typename V::Reg total = V::zero();
-        for (int r = 0; r < filled; r++) total = V::add(total, V::load(ds + r * kKeys + i));
-        V::store(sum, V::add(V::load(sum), total));
-      }
     }
     filled = 0;
     finite = true;
-  }
-
-  // dv += Pᵀ·dO and dk += dSᵀ·Q of some events over the chunk's rows first … last; P and dS are at the first
-  // event's.
-  template <bool kApart>
-  void add_rows(int first, int last, int events, const Real* p, const Real* ds, Real* dv, Real* dk) {
-    const int64_t from = static_cast<int64_t>(first) * width, stride = width;
-    const int n = last - first, at = first * kKeys;
-    accumulate<V, kApart>(events, p + at, 1, kKeys, grad_out + from, stride, n, width, dv, stride);
-    accumulate<V, kApart>(events, ds + at, 1, kKeys, query + from, stride, n, width, dk, stride);
   }
 
   const Attention& a;
@@ -329,7 +328,7 @@ struct Backward {
   Real *base, *base_rest, *shift, *self_weight, *self_grad, *grad_query;
   Real *grad_key, *grad_value, *grad_bias;       // of its events: dK / scale, dV, dbias
   Item* value_panels;                            // of the packed events
-  Real* copied;                                  // of the packed events
+  typename Products::Values keys;                // of the packed events
   Real *query, *grad_out, *weight, *grad_score;  // of the chunk's rows; P and dS as [tile][row][kKeys]
   Item* grad_out_rows;                           // of the block
   Real* grad_weight;                             // of the block
@@ -337,8 +336,7 @@ struct Backward {
 
   Unit unit;
   int row_step = 1;
-  const Real* key = nullptr;
-  int64_t packed = 0, key_stride = 0;
+  int64_t packed = 0;
   int block = -1, place = 0, filled = 0;
   bool finite = true;
   int seen[kChunk] = {};  // of the packed events, by the rows of the chunk

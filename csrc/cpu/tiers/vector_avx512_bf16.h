@@ -26,6 +26,12 @@ struct Avx512Bf16Vector : Avx512Vector {
   ATTNREC_INLINE void round_to_pairs(uint32_t* to, Reg numbers) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(numbers));
   }
+  // Items (a, b) of 16 numbers each, rounded.
+  ATTNREC_INLINE Reg pair(Reg a, Reg b) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
+                                           7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+  }
   // Rows a and b (null: zeros) of n numbers as items (a[d], b[d]), and zeros to the next whole register. Says
   // whether all numbers are finite.
   ATTNREC_INLINE bool interleave(const BFloat16* a, const BFloat16* b, int n, uint32_t* to) {

@@ -23,6 +23,7 @@ MODULES: dict[str, str] = {
 }
 
 NEEDED = (3, 6)
+LARGEST_DIM = 256
 
 
 def kernel(op: str) -> Callable[..., Any]:
@@ -41,6 +42,9 @@ def why_not(device: torch.device) -> str | None:
 
 def why_not_these(op: str, arguments: dict[str, Any]) -> str | None:
     """Why the kernel of an op of MODULES does not take these (checked) arguments, in words, or None."""
+    dim = arguments.get("query", arguments.get("users")).shape[-1]
+    if dim > LARGEST_DIM:
+        return f"the kernels take vectors of up to {LARGEST_DIM} elements, not {dim}"
     limits = getattr(_module(MODULES[op]), "why_not", None)
     return None if limits is None else limits(op, arguments)
 

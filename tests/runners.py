@@ -54,6 +54,8 @@ class Runner:
         import attnrec
 
         with contextlib.ExitStack() as stack:
+            if self.name == "interpreter":
+                stack.enter_context(_patched_once())
             if self.name == "emulator":
                 from ptxemu.session import session
 
@@ -61,6 +63,29 @@ class Runner:
             if self.backend is not None:
                 stack.enter_context(attnrec.use_backend(self.backend))
             yield
+
+
+@contextlib.contextmanager
+def _patched_once() -> Iterator[None]:
+    """Triton's interpreter patches triton.language at every launch, and again at every call of a device
+    function. That takes half of its time, and is needed once for each module that such functions come from:
+    what the launch patches it puts back, and what a call patches stays.
+    """
+    from unittest import mock
+
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    with mock.patch.object(interpreter.InterpretedFunction, "__call__", call):
+        yield
 
 
 RUNNERS = {

@@ -89,53 +89,62 @@ def _chunk(
     HAS_SELF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """`(m, l, acc)` of a tile of rows over one chunk."""
-    q, valid = rows[0], rows[3]
+    q = rows[0]
     key, key_stride, value, value_stride, bias, bias_stride = events
     first = chunk * CHUNK
     last = tl.minimum(most, first + CHUNK)
-    m, l, acc = st.stream(
-        _weighted_value, _start(rows, own, factor, chunk, D, BLOCK_D, HAS_SELF),
-        (value, value_stride, HAS_BIAS, D, PRECISION), q, key, key_stride, bias, bias_stride, factor,
-        first, tl.minimum(least, last), last, seen,
-        D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION, st.LOG2E, q_at,
-    )  # fmt: skip
-    if HAS_VISIBLE:  # noqa: SIM102
-        # A NaN may have come from an event that its row does not see: 0 * NaN. Then once more, with care.
-        if st.any_non_finite(acc, valid):
-            never = tl.full((BLOCK_D,), NEVER, tl.int32)
-            m, l, acc = _start(rows, own, factor, chunk, D, BLOCK_D, HAS_SELF)
-            m, l, acc, nan, plus, minus = st.stream(
-                _finite_value, (m, l, acc, never, never, never),
-                (value, value_stride, HAS_BIAS, D, PRECISION), q, key, key_stride, bias, bias_stride, factor,
-                first, first, last, seen,
-                D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION, st.LOG2E, q_at,
-            )  # fmt: skip
-            acc = tl.where(seen[:, None] > plus[None, :], acc + float("inf"), acc)
-            acc = tl.where(seen[:, None] > minus[None, :], acc - float("inf"), acc)
-            acc = tl.where(seen[:, None] > nan[None, :], float("nan"), acc)
+    start = _start(rows, own, factor, chunk, D, BLOCK_D, HAS_SELF)
+    if CAREFUL:
+        never = tl.full((BLOCK_D,), NEVER, tl.int32)
+        m, l, acc = start
+        m, l, acc, nan, plus, minus = st.stream(
+            _finite_value, (m, l, acc, never, never, never), (value, value_stride, HAS_BIAS, D, PRECISION),
+            q, key, key_stride, bias, bias_stride, factor, first, first, last, seen,
+            D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION, st.LOG2E, q_at,
+        )  # fmt: skip
+        acc = tl.where(seen[:, None] > plus[None, :], acc + float("inf"), acc)
+        acc = tl.where(seen[:, None] > minus[None, :], acc - float("inf"), acc)
+        acc = tl.where(seen[:, None] > nan[None, :], float("nan"), acc)
+    else:
+        m, l, acc = st.stream(
+            _weighted_value, start, (value, value_stride, HAS_BIAS, D, PRECISION),
+            q, key, key_stride, bias, bias_stride, factor, first, tl.minimum(least, last), last, seen,
+            D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, PRECISION, st.LOG2E, q_at,
+        )  # fmt: skip
     return m, l, acc
 
 
 @triton.jit
-def _load_part(part, at, valid, BLOCK_D: tl.constexpr):
-    """`(m, l, acc)` of rows `at` from a part [rows, BLOCK_D + 2]."""
-    row = part + at * (BLOCK_D + 2)
-    acc = tl.load(row[:, None] + tl.arange(0, BLOCK_D)[None, :], mask=valid[:, None], other=0.0)
-    return (
-        tl.load(row + BLOCK_D, mask=valid, other=0.0),
-        tl.load(row + BLOCK_D + 1, mask=valid, other=0.0),
-        acc,
-    )
+def _part(parts, chunk, first, head_tile, head_tiles, total_rows, PACK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where a tile keeps the softmax of a chunk: pointers to acc [M, BLOCK_D] and to m [M]; l comes after it.
+
+    The rows of a tile lie side by side, so that a thread's addresses are one number and constants. `parts` is
+    [chunks, head tiles, rows, BLOCK_D + 2] in size, and a chunk's m and l come after all its acc.
+    """
+    rows_of_chunk = total_rows.to(tl.int64) * PACK * head_tiles
+    row = (head_tile * total_rows.to(tl.int64) + first) * PACK
+    part = parts + tl.cast(chunk, tl.int64) * rows_of_chunk * (BLOCK_D + 2)
+    return part + row * BLOCK_D, part + rows_of_chunk * BLOCK_D + row * 2
 
 
 @triton.jit
-def _store_part(part, at, valid, m, l, acc, BLOCK_D: tl.constexpr):
-    row = part + at * (BLOCK_D + 2)
-    tl.store(row[:, None] + tl.arange(0, BLOCK_D)[None, :], acc, mask=valid[:, None])
-    tl.store(row + BLOCK_D, m, mask=valid)
-    tl.store(row + BLOCK_D + 1, l, mask=valid)
+def _load_part(at, valid, BLOCK_D: tl.constexpr):
+    """`(m, l, acc)` from the pointers that `_part` gives."""
+    r, d = tl.arange(0, valid.shape[0]), tl.arange(0, BLOCK_D)
+    acc = tl.load(at[0] + r[:, None] * BLOCK_D + d[None, :], mask=valid[:, None], other=0.0)
+    m = tl.load(at[1] + 2 * r, mask=valid, other=0.0)
+    return m, tl.load(at[1] + 2 * r + 1, mask=valid, other=0.0), acc
+
+
+@triton.jit
+def _store_part(at, valid, m, l, acc, BLOCK_D: tl.constexpr):
+    r, d = tl.arange(0, valid.shape[0]), tl.arange(0, BLOCK_D)
+    tl.store(at[0] + r[:, None] * BLOCK_D + d[None, :], acc, mask=valid[:, None])
+    tl.store(at[1] + 2 * r, m, mask=valid)
+    tl.store(at[1] + 2 * r + 1, l, mask=valid)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -182,11 +191,17 @@ def _forward(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """A tile of rows over its user's history.
 
     CHUNKS: "one", no history is longer; "in order", this block runs all of them; "apart", only chunk
     `program_id(2)`, whose softmax goes to `parts`.
+
+    CAREFUL: a second run after the usual one, for tiles where it found a NaN or an infinity. That may have
+    come from an event which its row does not see, as 0 * NaN. The check belongs behind the loop, where it
+    costs a look at `out`, and this run into a kernel of its own: in one kernel its registers take the usual
+    loop's resident blocks away (by the model 351 to 240 TFLOP/s at D = 32 on an H100).
     """
     user, first, end = st.find_tile(tl.program_id(0), q_offsets, users, total_rows, BLOCK_M // PACK)
     if first >= end:
@@ -200,6 +215,10 @@ def _forward(
     chunk = tl.program_id(2)
     if chunk >= chunks:
         return
+    if CAREFUL:
+        before = st.load_rows(out, candidates, row_heads, heads * D, D, valid, D, BLOCK_D)
+        if not st.any_non_finite(before, valid):
+            return
     q = st.load_rows(query, candidates, row_heads, query_row_stride, query_head_stride, valid, D, BLOCK_D)
     q_at = query + candidates.to(tl.int64) * query_row_stride + row_heads.to(tl.int64) * query_head_stride
     key += begin * key_row_stride + kv_head * key_head_stride
@@ -212,29 +231,31 @@ def _forward(
         self_value, self_value_row_stride, self_value_head_stride,
     )  # fmt: skip
     events = (key, key_row_stride, value, value_row_stride, key_bias, bias_row_stride)
-    at = candidates.to(tl.int64) * heads + row_heads
     if CHUNKS == "in order":
         m, l, acc = _nothing(BLOCK_M, BLOCK_D)
         for chunk in range(chunks):
             m, l, acc = _chunk(
                 rows, own, events, (q_at, valid), seen, least, most, chunk, factor,
-                D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_SELF, HAS_BIAS, PRECISION,
+                D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_SELF, HAS_BIAS, PRECISION, CAREFUL,
             )  # fmt: skip
             # What is merged so far waits in memory while a chunk runs: in registers there is no room for it.
             if chunk > 0:
-                m_before, l_before, acc_before = _load_part(parts, at, valid, BLOCK_D)
+                at = _part(parts, 0, first, tl.program_id(1), tl.num_programs(1), total_rows, PACK, BLOCK_D)
+                m_before, l_before, acc_before = _load_part(at, valid, BLOCK_D)
                 m, l, acc = st.softmax_merge(m_before, l_before, acc_before, m, l, acc)
             if chunk + 1 < chunks:
                 tl.debug_barrier()  # other threads may still read what this overwrites
-                _store_part(parts, at, valid, m, l, acc, BLOCK_D)
+                at = _part(parts, 0, first, tl.program_id(1), tl.num_programs(1), total_rows, PACK, BLOCK_D)
+                _store_part(at, valid, m, l, acc, BLOCK_D)
                 tl.debug_barrier()
     else:
         m, l, acc = _chunk(
             rows, own, events, (q_at, valid), seen, least, most, chunk, factor,
-            D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_SELF, HAS_BIAS, PRECISION,
+            D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_SELF, HAS_BIAS, PRECISION, CAREFUL,
         )  # fmt: skip
     if CHUNKS == "apart":
-        _store_part(_part_of(parts, chunk, total_rows, heads, BLOCK_D), at, valid, m, l, acc, BLOCK_D)
+        at = _part(parts, chunk, first, tl.program_id(1), tl.num_programs(1), total_rows, PACK, BLOCK_D)
+        _store_part(at, valid, m, l, acc, BLOCK_D)
     else:
         _finish(out, lse, candidates, row_heads, heads, valid, m, l, acc, D, BLOCK_D)
 
@@ -246,11 +267,6 @@ def _nothing(M: tl.constexpr, BLOCK_D: tl.constexpr):
         tl.zeros((M,), tl.float32),
         tl.zeros((M, BLOCK_D), tl.float32),
     )
-
-
-@triton.jit
-def _part_of(parts, chunk, total_rows, heads, BLOCK_D: tl.constexpr):
-    return parts + tl.cast(chunk, tl.int64) * total_rows * heads * (BLOCK_D + 2)
 
 
 @triton.jit
@@ -289,11 +305,12 @@ def _merge(
     _, _, length = st.history(kv_offsets, kv_lengths, user, total_events, HAS_LENGTHS)
     candidates, row_heads, valid = st.row_tile(first, end, tl.program_id(1) * PACK, PACK, BLOCK_M)
     _, _, most = st.seen_events(visible, candidates, valid, length, HAS_VISIBLE)
-    at = candidates.to(tl.int64) * heads + row_heads
-    m, l, acc = _load_part(parts, at, valid, BLOCK_D)
+    head_tile, head_tiles = tl.program_id(1), tl.num_programs(1)
+    at = _part(parts, 0, first, head_tile, head_tiles, total_rows, PACK, BLOCK_D)
+    m, l, acc = _load_part(at, valid, BLOCK_D)
     for chunk in range(1, tl.cdiv(most, CHUNK)):
-        part = _part_of(parts, chunk, total_rows, heads, BLOCK_D)
-        m_next, l_next, acc_next = _load_part(part, at, valid, BLOCK_D)
+        at = _part(parts, chunk, first, head_tile, head_tiles, total_rows, PACK, BLOCK_D)
+        m_next, l_next, acc_next = _load_part(at, valid, BLOCK_D)
         m, l, acc = st.softmax_merge(m, l, acc, m_next, l_next, acc_next)
     _finish(out, lse, candidates, row_heads, heads, valid, m, l, acc, D, BLOCK_D)
 
@@ -360,18 +377,29 @@ def target_attention(
         "HAS_VISIBLE": visible is not None,
         "num_warps": p.num_warps,
     }
-    chunks = "one" if parts is None else "apart" if apart > 1 else "in order"
+    in_one = "one" if parts is None else "in order"
     sizes = (users, rows, events, heads)
     jagged = (q_offsets, kv_offsets, kv_lengths, visible)
-    _forward[tiles, head_tiles, apart](
-        query, key, value, *jagged, self_key, self_value, key_bias, parts, out, lse, factor, *sizes,
+    strides = (
         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
         *((0, 0) if self_key is None else self_key.stride()[:2]),
         *((0, 0) if self_value is None else self_value.stride()[:2]),
         *((0, 0) if key_bias is None else key_bias.stride()),
-        GROUP=group, BLOCK_N=p.block_n, HAS_SELF=self_key is not None, HAS_BIAS=key_bias is not None,
-        PRECISION=st.precision(query.dtype), CHUNKS=chunks, num_stages=p.num_stages, **common,
     )  # fmt: skip
+
+    def forward(apart: int, chunks: str, careful: bool) -> None:
+        _forward[tiles, head_tiles, apart](
+            query, key, value, *jagged, self_key, self_value, key_bias, parts, out, lse, factor, *sizes,
+            *strides, GROUP=group, BLOCK_N=p.block_n, HAS_SELF=self_key is not None,
+            HAS_BIAS=key_bias is not None, PRECISION=st.precision(query.dtype), CHUNKS=chunks,
+            CAREFUL=careful, num_stages=p.num_stages, **common,
+        )  # fmt: skip
+
     if apart > 1:
+        forward(apart, "apart", False)
         _merge[tiles, head_tiles, 1](*jagged, parts, out, lse, *sizes, **common)
+    else:
+        forward(1, in_one, False)
+    if visible is not None:
+        forward(1, in_one, True)
     return out, lse

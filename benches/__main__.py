@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+import attnrec
 from benches import base, compare, console, machine, registry, tables
 from benches.case import DTYPES, SUITES, Case
 from benches.measure import HOW_MEMORY
@@ -44,6 +45,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compare", type=Path, metavar="OLD.json", help="print what changed against older results")
     add("--base", metavar="REV", help="build another revision and run it against this tree, interleaved")
     add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--backend", metavar="NAME", help="force a backend of attnrec; a call that it can't serve is wrong")
+    add("--graphs", action="store_true", help="on a GPU: time replays of CUDA graphs")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: torch's choice")
     add("--seconds", type=float, help="timing of a case (default 2, smoke 0.3)")
     options = parser.parse_args(arguments)
@@ -51,6 +54,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if options.graphs and options.device != "cuda":
+        parser.error("--graphs: only with --device cuda")
     for op in options.op:
         if op not in registry.OPS:
             parser.error(f"--op {op}: there are {', '.join(registry.OPS)}")
@@ -87,6 +92,8 @@ def run(cases: Sequence[Case], options: argparse.Namespace, command: str) -> dic
                 threads=options.threads,
                 floors=floors,
                 seconds=options.seconds,
+                graphs=options.graphs,
+                backend=options.backend,
                 say=lambda text, key=case.key: step(f"{key}: {text}", False),
             )
             rows.append(row)
@@ -159,6 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         list_cases(cases)
         return 0
     old = json.loads(options.compare.read_text()) if options.compare else None
+    if options.backend:
+        attnrec.use_backend(options.backend)
     if options.base:
         return base.run(cases, options)
     results = run(cases, options, command)

@@ -144,7 +144,9 @@ class ModuleProblem:
         return self.contender(fused, _torch_style(fused))
 
     def backend(self) -> str:
-        return "module"
+        query = self.query
+        dim = query.shape[-1] // self.heads
+        return target_attention.backend_of(query.device, query.dtype, heads=self.heads, dim=dim)
 
     @cached_property
     def expected(self) -> tuple[list[list[Tensor]], list[Tensor]]:

@@ -43,6 +43,8 @@ How to read it:
 - **Share** is the time that the machine would need at its own measured limit (matrix products, reading
   memory, or exponentials, the largest of the three) over the time taken. It counts the work that the result
   needs, not what somebody does.
+- On a GPU a time is what lies between two events around a call, each with a cold L2 cache, so that small
+  calls show their kernels and not their launches (`--graphs`: replays of a CUDA graph).
 - **Memory** is {memory}.
   ONNX Runtime's results are in memory that was bound before.
 - Padding is not timed, for the peers that need padded input. Engines run as their users would run them:

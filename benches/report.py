@@ -106,7 +106,7 @@ def _rows(rows: Sequence[Row]) -> str:
             cells = [
                 f"<td class='{_tone(i, text, wrong)}'>{html.escape(text)}</td>" for i, text in enumerate(line)
             ]
-            kind = " class='ours'" if line[1] == OURS else ""
+            kind = " class='ours'" if line[1].startswith(OURS) else ""
             body.append(f"<tr{kind}>{''.join(cells)}</tr>")
     notes = tables.notes(rows)
     return _table(tables.HEADER, body) + (f"<p class='machine'>{html.escape(notes)}</p>" if notes else "")

@@ -16,9 +16,11 @@ from benches.measure import (
     SAMPLE,
     SAMPLE_BESIDE_POOLS,
     Times,
+    captured,
     give_back_free_memory,
     interleaved,
     peak_memory,
+    synchronize,
 )
 
 OURS = "attnrec"
@@ -26,11 +28,12 @@ LONGEST_CALL = 5.0  # seconds: a peer that takes longer is named and not timed, 
 Row = dict[str, Any]
 
 
-def reproduce(case: Case, device: torch.device, threads: int) -> str:
+def reproduce(case: Case, device: torch.device, threads: int, backend: str | None = None) -> str:
     """The command that runs this row alone."""
     where = "" if device.type == "cpu" else f" --device {device.type}"
     count = "" if case.threads else f" --threads {threads}"
-    return f"python -m benches --op {case.op} --case {case.name}{count}{where}"
+    forced = "" if backend is None else f" --backend {backend}"
+    return f"python -m benches --op {case.op} --case {case.name}{count}{where}{forced}"
 
 
 @contextmanager
@@ -50,9 +53,14 @@ def run_case(
     threads: int,
     floors: Floors | None,
     seconds: float = 3.0,
+    graphs: bool = False,
+    backend: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Row:
-    """One row: `results` by contender, ours first; `refused`, with reasons; `wrong`, which have no speed."""
+    """One row: `results` by contender, ours first; `refused`, with reasons; `wrong`, which have no speed.
+
+    `backend` is the forced one, for the command that repeats the row; forcing it is the caller's.
+    """
     row: Row = {
         "op": case.op,
         "case": case.name,
@@ -61,7 +69,7 @@ def run_case(
         "sizes": dict(case.sizes),
         "varied": list(case.varied) if case.varied else None,
         "threads": case.threads or threads,
-        "reproduce": reproduce(case, device, threads),
+        "reproduce": reproduce(case, device, threads, backend),
         "results": {},
         "refused": {},
         "wrong": {},
@@ -73,11 +81,16 @@ def run_case(
         row["backend"] = problem.backend()
         if floors is not None:
             row["floor_seconds"], row["bound"] = floors.seconds(counts, case.dtype)
-        right = _right_contenders(case, problem, row, say)
+        right = _right_contenders(case, problem, device, row, say)
         if OURS not in right:
             return row  # without ours there is nothing to compare with
         say("timing")
         calls = {name: contender.call for name, (contender, _) in right.items()}
+        if graphs:
+            calls = _captured(calls, device, row)
+            right = {name: of for name, of in right.items() if name in calls}
+            if OURS not in right:
+                return row
         sample = SAMPLE_BESIDE_POOLS if any(c.own_threads for c, _ in right.values()) else SAMPLE
         timed = interleaved(calls, device, sample=sample, seconds=seconds)
         say("memory")
@@ -91,7 +104,7 @@ def run_case(
 
 
 def _right_contenders(
-    case: Case, problem: Problem, row: Row, say: Callable[[str], None]
+    case: Case, problem: Problem, device: torch.device, row: Row, say: Callable[[str], None]
 ) -> dict[str, tuple[Contender, Verdict]]:
     """Those whose result was held against the reference and is right; the others go into the row."""
     prepare: dict[str, Callable[[], Contender]] = {OURS: problem.ours}
@@ -101,9 +114,9 @@ def _right_contenders(
         say(f"checking {name}")
         try:
             contender = make()
-            raw, seconds = timed_call(contender)
+            raw, seconds = timed_call(contender, device)
             if seconds > LONGEST_CALL and name != OURS:
-                raw, seconds = timed_call(contender)  # the first may have compiled
+                raw, seconds = timed_call(contender, device)  # the first may have compiled
                 if seconds > LONGEST_CALL:
                     raise Refused(f"a call takes more than {LONGEST_CALL:.0f} s")
             results = contender.read(raw)
@@ -125,9 +138,23 @@ def _right_contenders(
     return right
 
 
-def timed_call(contender: Contender) -> tuple[Any, float]:
+def _captured(
+    calls: dict[str, Callable[[], Any]], device: torch.device, row: Row
+) -> dict[str, Callable[[], Any]]:
+    """Those that can be captured, as CUDA graphs; the others go into the row."""
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = captured(call, device)
+        except Exception as error:  # whatever a library does that a capture forbids
+            row["refused"][name] = f"no CUDA graph: {error}".splitlines()[0][:300]
+    return found
+
+
+def timed_call(contender: Contender, device: torch.device) -> tuple[Any, float]:
     start = time.perf_counter()
     raw = contender.call()
+    synchronize(device)
     return raw, time.perf_counter() - start
 
 

@@ -45,7 +45,7 @@ def lines(row: Row) -> list[tuple[str, ...]]:
         found.append(
             (
                 row["case"] if name == OURS else "",
-                f"{name} *" if r["note"] else name,
+                _who(name, row),
                 seconds(r["seconds"]),
                 f"{seconds(r['p10'])} – {seconds(r['p90'])}",
                 "1" if name == OURS else f"×{ratio(r['ratio'])}" if is_ours(name) else ratio(r["ratio"]),
@@ -59,6 +59,13 @@ def lines(row: Row) -> list[tuple[str, ...]]:
     for name, words in row["wrong"].items():
         found.append((row["case"] if name == OURS else "", name, f"WRONG: {words}", *blank))
     return found
+
+
+def _who(name: str, row: Row) -> str:
+    """With an asterisk where there is a note; ours with its backend, where that is not the CPU's."""
+    if name == OURS:
+        return name if row["backend"] == "cpu" else f"{name} ({row['backend']})"
+    return f"{name} *" if row["results"][name]["note"] else name
 
 
 def notes(rows: Sequence[Row]) -> str:

@@ -124,7 +124,8 @@ class StepProblem:
         return self.contender(self.model, loss)
 
     def backend(self) -> str:
-        return "model"
+        dim, dtype = self.dim // self.heads, self.model.items.weight.dtype
+        return target_attention.backend_of(self.device, dtype, heads=self.heads, dim=dim)
 
     def padded(self, model: Encoder, *, compiled: bool = False) -> Contender:
         """Plain PyTorch; the padding itself is not timed. The loss runs over the real positions only."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benches import compare, registry, run, tables
+import attnrec
+from benches import compare, measure, registry, run, tables
 from benches.__main__ import main
 from benches.case import Case, Contender, Counts, Refused
 from benches.case import compare as hold_against
@@ -225,6 +226,59 @@ def test_ratio_is_taken_round_by_round():
     assert found.median == 2.2
 
 
+class FakeGpu:
+    """What `torch.cuda` is asked for, with a clock that each thing on the stream moves on."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.log = 0.0, []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.now
+                gpu.log.append("event")
+
+            def elapsed_time(self, other):
+                return (other.at - self.at) * 1e3
+
+        class Cache:
+            def zero_(self):
+                gpu.work("flush", 10.0)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: gpu.log.append("synchronize"))
+        monkeypatch.setattr(measure, "_twice_the_l2", lambda device: Cache())
+
+    def work(self, name, seconds):
+        self.log.append(name)
+        self.now += seconds
+
+
+def test_a_gpu_is_timed_by_events_with_a_cold_cache(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    seconds = iter([1.0, 2.0])
+    found = measure.time_calls(lambda: gpu.work("call", next(seconds)), 2, torch.device("cuda"))
+    assert found == pytest.approx(1.5)
+    turn = ["flush", "event", "call", "event"]
+    assert gpu.log == ["synchronize", *turn, *turn, "synchronize"]
+
+
+def test_what_a_graph_does_not_capture_is_refused(monkeypatch):
+    def capture(call, device):
+        if call() == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    monkeypatch.setattr(run, "captured", capture)
+    row = {"refused": {}}
+    found = run._captured({"a": lambda: 1, "b": lambda: 2}, CPU, row)
+    assert found.keys() == {"a"}
+    assert row["refused"] == {"b": "no CUDA graph: operation not permitted when stream is capturing"}
+
+
 def test_quantile_as_numpy():
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 10.0], 0.1) == pytest.approx(1.0)
@@ -277,6 +331,35 @@ def test_a_row_is_found_by_its_command():
     cases = registry.all_cases()
     for case in cases:
         assert case in registry.select(cases, ops=[case.op], names=[case.name])
+
+
+@pytest.mark.parametrize("options", [["--graphs"], ["--threads", "0"], ["--op", "nothing"]])
+def test_bad_options_end_the_run(options, capsys):
+    with pytest.raises(SystemExit):
+        main(["--suite", "smoke", *options])
+    assert options[0] in capsys.readouterr().err
+
+
+def test_a_forced_backend_serves_and_is_named(capsys):
+    case = [
+        "--case",
+        "small/2,2,16,40,16/fp32",
+        "--op",
+        "target_attention",
+        "--threads",
+        "1",
+        "--seconds",
+        "0",
+    ]
+    try:
+        assert main([*case, "--backend", "reference", "--json"]) == 0
+    finally:
+        attnrec.use_backend(None)
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)["rows"]
+    assert row["backend"] == "reference"
+    assert row["reproduce"].endswith("--backend reference")
+    assert "attnrec (reference)" in captured.err
 
 
 def test_list(capsys):

@@ -36,6 +36,7 @@ def _row(case, ratio=None, *, varied=None, seconds=1e-3, more=None, wrong=None):
         "dtype": "fp32",
         "varied": varied,
         "reproduce": f"python -m benches --op op --case {case}",
+        "backend": "cpu",
         "bound": "matrix",
         "results": results,
         "refused": {"absent": "not installed"},

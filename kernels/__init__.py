@@ -17,6 +17,7 @@ import torch
 # Op → module. A module may have a function `why_not(op, arguments)`: limits beyond the op's own, in words.
 MODULES: dict[str, str] = {
     "target_attention": "target_attention",
+    "target_attention_weights": "target_attention_weights",
     "target_attention_backward": "target_attention_backward",
     "softmax_score": "softmax_score",
     "softmax_score_backward": "softmax_score",

@@ -16,6 +16,8 @@ import torch
 
 # Op → module. A module may have a function `why_not(op, arguments)`: limits beyond the op's own, in words.
 MODULES: dict[str, str] = {
+    "catalog_cross_entropy": "catalog_cross_entropy",
+    "catalog_cross_entropy_backward": "catalog_cross_entropy_backward",
     "target_attention": "target_attention",
     "target_attention_weights": "target_attention_weights",
     "target_attention_backward": "target_attention_backward",

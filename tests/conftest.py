@@ -32,9 +32,11 @@ settings.load_profile("attnrec")
 
 
 def pytest_configure(config):
-    """`make sanitize` must not pass because another attnrec than the instrumented one was tested."""
+    """A run must not pass because something else was tested than it was started for."""
     config.addinivalue_line("markers", "cpu_only(reason): not a test of other backends and devices")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one")
+    if RUNNER.device == "cuda" and not torch.cuda.is_available():
+        pytest.exit("ATTNREC_TEST_RUNNER=device, and there is no GPU that torch can use", returncode=2)
     if os.environ.get("ATTNREC_EXPECT_SANITIZED") == "1":
         flags = extension.build["flags"] if extension else reason
         if "-fsanitize=address" not in flags:

@@ -65,7 +65,8 @@ class StandInDriver:
     def launcher_cls(self, source: Any, metadata: Any) -> Callable:
         def call(x, y, z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *arguments):
             name, files = function
-            self.launch(Launched(name, source, metadata, files, (x, y, z), arguments))
+            # Triton keeps this function with the compiled kernel, also for later drivers of the architecture.
+            driver.active.launch(Launched(name, source, metadata, files, (x, y, z), arguments))
 
         return call
 

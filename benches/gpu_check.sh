@@ -64,14 +64,21 @@ if torch.cuda.is_available():
 [ -n "$live" ] || missing "a backend of attnrec that serves CUDA tensors; the reference does"
 
 # --- tests --------------------------------------------------------------------------------------------------
+# Most of their time is Triton's compiler, which keeps what it compiled: on many cores, and a covering part first.
+cores=()
+ask 'import xdist' && cores=(-n "$(($(nproc) < 8 ? $(nproc) : 8))" --dist worksteal)
+check() { ATTNREC_TEST_RUNNER=device step "$1" "$2" "$PYTHON" -m pytest -q "${cores[@]}" "${@:3}"; }
 if ! ask 'import pytest, hypothesis'; then
   missing "pytest and hypothesis"
-elif ! grep -qrE 'mark\.gpu|mark\.cuda' tests; then
-  missing "tests that are marked for a GPU"
 elif [ "${has_gpu:-0}" = 1 ]; then
-  step tests 150 "$PYTHON" -m pytest -q -m 'gpu or cuda' tests
+  export ATTNREC_TEST_FULL=0
+  check tests-attention 120 tests/test_target_attention.py tests/test_target_attention_backward.py
+  check tests-gpu 60 tests/test_gpu.py tests/test_triton_memory.py
+  check tests-ops 120 tests/test_target_attention_weights.py tests/test_softmax_score.py tests/test_catalog_*.py
+  check tests-torch 60 tests/test_op_registration.py tests/test_compile.py tests/test_functional.py tests/test_checks.py
+  unset ATTNREC_TEST_FULL
 else
-  missing "a GPU for the tests that are marked for one"
+  missing "a GPU for the tests"
 fi
 
 # --- memory errors and races of the CUDA kernels ------------------------------------------------------------

@@ -10,7 +10,7 @@
 The middle two are a thousand times slower than hardware. For them alone everything that makes a run long is
 turned down here, and only here: a parametrised test keeps a covering part of its cases (`thin`), sizes that
 are large for the sake of being large are cut (`smaller`), hypothesis draws fewer examples.
-ATTNREC_TEST_FULL=1 turns it all up again.
+ATTNREC_TEST_FULL=1 turns it all up again; 0 keeps the covering part on a fast runner too.
 """
 
 from __future__ import annotations
@@ -104,8 +104,11 @@ def chosen() -> Runner:
     if name not in RUNNERS:
         raise ValueError(f"ATTNREC_TEST_RUNNER must be one of {', '.join(RUNNERS)}, got {name!r}")
     runner = RUNNERS[name]
-    if os.environ.get("ATTNREC_TEST_FULL", "0") not in ("", "0"):
+    full = os.environ.get("ATTNREC_TEST_FULL")
+    if full == "1":
         runner = replace(runner, examples=25, divisor=1, thin=False)
+    elif full == "0":
+        runner = replace(runner, examples=min(runner.examples, 5), thin=True)
     if "ATTNREC_TEST_EXAMPLES" in os.environ:
         runner = replace(runner, examples=int(os.environ["ATTNREC_TEST_EXAMPLES"]))
     if runner.name == "interpreter":

@@ -36,6 +36,9 @@ def test_the_environment_chooses(monkeypatch):
     assert chosen().smaller(8000) == 1000
     monkeypatch.setenv("ATTNREC_TEST_FULL", "1")
     assert (chosen().thin, chosen().smaller(8000), chosen().backend) == (False, 8000, "triton")
+    monkeypatch.setenv("ATTNREC_TEST_RUNNER", "device")
+    monkeypatch.setenv("ATTNREC_TEST_FULL", "0")
+    assert (chosen().thin, chosen().examples) == (True, 5)
     monkeypatch.setenv("ATTNREC_TEST_EXAMPLES", "2")
     assert chosen().examples == 2
     monkeypatch.setenv("ATTNREC_TEST_RUNNER", "gpu")

@@ -1,10 +1,12 @@
 """The Triton backend beside its numbers: what it refuses, in which words, and what its launch code may do."""
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -21,6 +23,7 @@ from attnrec.ops.op import device_of
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 pytestmark = pytest.mark.skipif(RUNNER.name != "native", reason="tests of what surrounds the kernels")
+ROOT = Path(__file__).resolve().parents[1]
 BATCH = make_jagged([2, 1], [3, 2], heads=2, dim=8)
 BACKEND = backends._named("triton")
 
@@ -246,3 +249,11 @@ def test_it_launches_on_the_device_of_the_tensors(monkeypatch):
     assert BACKEND.run(call("target_attention", BATCH.args)) == ("target_attention", [second])
     monkeypatch.setattr(backends, "device_of", device_of)
     assert BACKEND.run(call("target_attention", BATCH.args)) == ("target_attention", [])
+
+
+def test_every_kernel_has_a_row_in_the_status():
+    rows = (ROOT / "docs" / "gpu-status.md").read_text().splitlines()
+    for file in sorted((ROOT / "kernels").glob("*.py")):
+        launched = set(re.findall(r"^ +(_\w+)\[.*\]\(", file.read_text(), re.MULTILINE))
+        row = next((row for row in rows if row.startswith(f"| `{file.name}` |")), "")
+        assert launched == set(re.findall(r"`(_\w+)`", row)), file.name

@@ -305,7 +305,7 @@ class _Arguments:
             self.users, self.items, self.offsets, self.bias, grad, logits, *self.parts, out, *self.counts,
             self.users.stride(0), self.items.stride(0), _stride(self.bias), _stride(grad), self.temperature,
             D=self.dim, BLOCK_D=self.block_d, BLOCK_N=self.block_n, HAS_BIAS=self.bias is not None,
-            HAS_GRAD=grad is not None, num_warps=self.num_warps,
+            HAS_GRAD=grad is not None, num_warps=self.num_warps, num_stages=1,
         )  # fmt: skip
 
 
@@ -363,7 +363,7 @@ def softmax_score_backward(
         call.users, call.items, call.offsets, grad, scores, *call.parts, grad_users, grad_items, grad_bias,
         partial, *call.counts, call.users.stride(0), call.items.stride(0), _stride(grad), temperature,
         D=call.dim, BLOCK_D=call.block_d, BLOCK_N=call.block_n, HAS_BIAS=bias is not None, LOGITS=again,
-        num_warps=call.num_warps,
+        num_warps=call.num_warps, num_stages=1,
     )  # fmt: skip
     _sum_of_chunks[(users.shape[0],)](
         call.offsets, partial, grad_users, items.shape[0], D=call.dim, BLOCK_D=call.block_d,

@@ -364,9 +364,9 @@ class Launch:
 
 
 class Stats:
-    """Dynamic counts of a launch. `opcodes`: thread-instructions by full opcode;
-    `classes`: warp-level counts of mma (by shape), barriers, and thread-level ones of
-    ex2, fma; `memory`: bytes, 32-byte sectors, bank conflicts; `written`: which bytes of each buffer."""
+    """What a launch did. `opcodes`: thread-instructions by full opcode; `classes`: counts of mma by shape,
+    a warp each, and of barriers, ex2, fma ..., a thread each; `memory`: bytes, 32-byte sectors, bank
+    conflicts; `lines`: of the PTX, those that ran; `written`: {buffer: bool per byte}."""
 
     def __init__(self, launch):
         self.opcodes = Counter()
@@ -385,6 +385,7 @@ class Stats:
             elif parts[0] in ("ex2", "fma", "shfl", "ldmatrix", "div", "rcp", "lg2"):
                 self.classes[parts[0]] += n
         self.instructions = sum(self.opcodes.values())
+        self.lines = {ins.line for ins, n in zip(launch.kernel.source, launch.counts, strict=True) if n}
         self.written = launch.global_races.written() if launch.global_races else {}
 
     def __getitem__(self, name):

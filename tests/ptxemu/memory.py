@@ -122,9 +122,9 @@ class GlobalMemory:
         i = self._bases.index(address)
         del self._bases[i], self.buffers[i]
 
-    def snapshot(self):
-        """{buffer: its bytes}."""
-        return {b: self.bytes_of(b).copy() for b in self.buffers if b.size}
+    def snapshot(self, most=1 << 28):
+        """{buffer: its bytes} of the buffers of at most `most` bytes."""
+        return {b: self.bytes_of(b).copy() for b in self.buffers if 0 < b.size <= most}
 
     def restore(self, snapshot):
         for b, data in snapshot.items():

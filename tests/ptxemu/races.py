@@ -116,7 +116,7 @@ class GlobalRaces:
     the same, and so is one that a block reads and another writes."""
 
     def __init__(self):
-        self.buffers = {}
+        self.buffers, self.written_to = {}, {}  # in the order of first use
 
     def read(self, parts, addr, word, k, tag):
         """`parts`: the lanes of each buffer, as `GlobalMemory.locate` gives them."""
@@ -127,11 +127,13 @@ class GlobalRaces:
         for check, index, own in self._of_buffers(parts, addr, word, k, tag):
             check.write(index, word, own)
             check.check_written(index, word, own)
+            self.written_to[check.buffer] = True
 
     def written(self):
         """{buffer: bool per byte} of what the launch has written."""
         found = {}
-        for buffer, check in self.buffers.items():
+        for buffer in self.written_to:
+            check = self.buffers[buffer]
             first = buffer.base - check.base
             found[buffer] = check.writer[first : first + buffer.size] != 0
         return found

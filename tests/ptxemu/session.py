@@ -14,49 +14,53 @@ import numpy as np
 from .errors import PtxError
 from .triton_front import emulated
 
-# Warps run one at a time cost this many times more than together. So a launch that executes more than this
-# many warp instructions has only some of its blocks run again, drawn at random.
+# Warps run one at a time cost several times more than together. So of a launch that executes more than this
+# many warp instructions only some blocks, drawn at random, are run again; 0: none ever.
 MOST = int(os.environ.get("PTXEMU_RANDOM_INSTRUCTIONS", "20000"))
 
+# Off where input that breaks the rules makes blocks meet: then nothing is compared either.
+races = True
 
-class Executor:
-    """Runs each launch twice; `edit(name, ptx)` as for `emulated`."""
+# For tests of the tests (mutate.py): `edit(name, ptx)` gives the PTX to run in place of what was compiled,
+# `observe(call, stats)` sees each launch.
+edit = None
+observe = None
+_seeds = itertools.count()
 
-    def __init__(self, most=MOST):
-        self.most = most
-        self.seeds = itertools.count()
 
-    def __call__(self, call):
-        before = call.memory.snapshot()
-        stats = call.run(memory_stats=False)
-        if self.most and call.blocks:
-            self._again(call, before, stats)
-
-    def _again(self, call, before, stats):
-        seed = next(self.seeds)
-        warp_instructions = stats.instructions / 32
-        n = max(1, int(call.blocks * min(1.0, self.most / max(warp_instructions, 1))))
-        blocks = np.random.default_rng(seed).permutation(call.blocks)[:n]
-        results = call.memory.snapshot()
-        call.memory.restore(before)
-        again = call.run(schedule="random", seed=seed, blocks=blocks, memory_stats=False)
-        for buffer, written in again.written.items():
-            differs = written & (call.memory.bytes_of(buffer) != results[buffer])
-            if differs.any():
-                at = int(np.argmax(differs))
-                raise PtxError(
-                    "depends on the order of warps",
-                    kernel=call.name,
-                    address=buffer.base + at,
-                    buffer=str(buffer),
-                    offset=at,
-                    detail=f"byte {at}, seed {seed}",
-                )
-        call.memory.restore(results)
+def execute(call):
+    """Runs a launch in lockstep, then with its warps apart."""
+    before = call.memory.snapshot()
+    stats = call.run(memory_stats=False, races=races)
+    if observe is not None:
+        observe(call, stats)
+    if not (MOST and races and call.blocks):
+        return
+    seed = next(_seeds)
+    share = min(1.0, MOST / max(stats.instructions / 32, 1))
+    blocks = np.random.default_rng(seed).permutation(call.blocks)[: max(1, int(share * call.blocks))]
+    results = call.memory.snapshot()
+    call.memory.restore(before)
+    again = call.run(schedule="random", seed=seed, blocks=blocks, memory_stats=False)
+    for buffer, written in again.written.items():
+        if buffer not in results:
+            continue
+        differs = written & (call.memory.bytes_of(buffer) != results[buffer])
+        if differs.any():
+            at = int(np.argmax(differs))
+            raise PtxError(
+                "depends on the order of warps",
+                kernel=call.name,
+                address=buffer.base + at,
+                buffer=str(buffer),
+                offset=at,
+                detail=f"seed {seed}",
+            )
+    call.memory.restore(results)
 
 
 @contextlib.contextmanager
-def session(edit=None):
+def session():
     """Everything the project launches with Triton runs on the emulator; CPU tensors are taken."""
-    with emulated(Executor(), edit):
+    with emulated(execute, lambda name, ptx: edit(name, ptx) if edit else ptx):
         yield

@@ -22,9 +22,8 @@ class Call:
 
     def __init__(self, launched, edit=None):
         meta = launched.metadata
-        self.name, self.ptx = launched.name, launched.file("ptx").read_text()
-        if edit is not None:
-            self.ptx = edit(self.name, self.ptx)
+        self.name, self.compiled = launched.name, launched.file("ptx").read_text()
+        self.ptx = edit(self.name, self.compiled) if edit else self.compiled
         self.grid, self.block, self.shared = launched.grid, 32 * meta.num_warps, meta.shared
         self.memory, values = GlobalMemory(), []
         for kind, value in zip(launched.source.signature.values(), launched.arguments, strict=True):

@@ -1,0 +1,224 @@
+"""What the compiled sm_80 kernels execute, counted: what a profiler would be asked first.
+
+    python -m tests.ptxemu.counts [--json FILE] [--case WORD]
+
+Runs each op's kernels on small batches on the emulator and prints a row for each kernel; the causal cases
+also for flash-linear-attention's attention on the same inputs, where it is installed. All counts are of the
+whole launch. `scores` are the pairs of a row and an event (or item) that the op is asked about, so that
+"instructions a score" compares kernels that cut them into tiles differently.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from helpers import make_jagged, make_offsets
+
+import attnrec
+from ptxemu import peers
+from ptxemu.triton_front import emulated
+
+COLUMNS = {
+    "instructions": "instructions a score",
+    "matrix": "mma a warp",
+    "exponential": "ex2",
+    "global_read": "global bytes read",
+    "global_written": "written",
+    "sectors": "sectors",
+    "shared": "shared bytes",
+    "conflicts": "bank conflicts",
+    "barriers": "barriers a warp",
+}
+
+
+def of_launch(stats, grid, threads):
+    """The counts of a launch by class. Instructions, exponentials: by thread; matrix, barriers: by warp."""
+    memory, classes = stats.memory, stats.classes
+    return {
+        "launches": 1,
+        "blocks": grid[0] * grid[1] * grid[2],
+        "threads_a_block": threads,
+        "instructions": stats.instructions,
+        "matrix": sum(n for name, n in classes.items() if name.startswith("mma")),
+        "exponential": classes["ex2"],
+        "global_read": memory["global bytes read"] + memory["cp.async bytes"],
+        "global_written": memory["global bytes written"],
+        "sectors": sum(n for name, n in memory.items() if name.startswith("global sectors")),
+        "shared": memory["shared bytes read"] + memory["shared bytes written"] + memory["cp.async bytes"],
+        "conflicts": memory["shared bank conflicts"],
+        "barriers": classes["barrier (threads)"] // 32,
+    }
+
+
+def counted(function):
+    """{kernel: counts} of the launches that function() makes the second time: the first may tune."""
+    found = {}
+
+    def execute(call):
+        stats = call.run(races=False)
+        counts = of_launch(stats, call.grid, call.block)
+        before = found.get(call.name)
+        if before:
+            counts = {k: n if k == "threads_a_block" else n + before[k] for k, n in counts.items()}
+        matrix = [name.removeprefix("mma ") for name in stats.classes if name.startswith("mma")]
+        found[call.name] = counts | {"matrix_kinds": matrix}
+
+    with warnings.catch_warnings(), peers.on_an_a100(), emulated(execute):
+        warnings.simplefilter("ignore")
+        function()
+        found.clear()
+        function()
+    return found
+
+
+# --- cases --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    scores: int
+    functions: dict
+
+
+def ours(function):
+    def run():
+        with attnrec.use_backend("triton"):
+            function()
+
+    return run
+
+
+def forward_and_backward(function, inputs, backward):
+    leaves = [x.detach().requires_grad_(backward) for x in inputs]
+    out = function(*leaves)
+    if backward:
+        torch.autograd.grad(out.float().sum(), leaves)
+
+
+def causal(dim, backward, lengths=(256, 100, 37, 129), heads=4, kv_heads=2):
+    """Self-attention over histories, bf16, grouped heads: the one thing that both can do."""
+    batch = make_jagged(lengths, lengths, heads=heads, kv_heads=kv_heads, dim=dim, dtype=torch.bfloat16)
+    visible = torch.cat([torch.arange(1, n + 1) for n in lengths])
+    inputs = batch.query, batch.key, batch.value
+    offsets = batch.q_offsets
+
+    def attnrec_(q, k, v):
+        return attnrec.target_attention(q, k, v, offsets, offsets, visible=visible)
+
+    functions = {"attnrec": ours(partial(forward_and_backward, attnrec_, inputs, backward))}
+    parallel_attn = peers.parallel_attn()
+    if parallel_attn:
+
+        def fla(q, k, v):
+            return parallel_attn(q[None], k[None], v[None], cu_seqlens=offsets)[0]
+
+        functions["flash-linear-attention"] = partial(forward_and_backward, fla, inputs, backward)
+    name = f"causal self-attention, D = {dim}, bf16, forward{' and backward' if backward else ''}"
+    return Case(name, heads * sum(n * (n + 1) // 2 for n in lengths), functions)
+
+
+def candidates(dim, backward, options=()):
+    counts, events, heads = (64, 20, 130, 1), (200, 50, 512, 129), 2
+    batch = make_jagged(counts, events, heads=heads, dim=dim, dtype=torch.bfloat16, options=options)
+    inputs = batch.query, batch.key, batch.value
+
+    def attend(q, k, v):
+        return attnrec.target_attention(q, k, v, *batch.args[3:], **batch.options)
+
+    said = f" with {' and '.join(options)}" if options else ""
+    name = f"target attention{said}, D = {dim}, bf16, forward{' and backward' if backward else ''}"
+    scores = heads * sum(c * n for c, n in zip(counts, events, strict=True))
+    return Case(name, scores, {"attnrec": ours(partial(forward_and_backward, attend, inputs, backward))})
+
+
+def weights(top):
+    counts, events = (64, 20, 130, 1), (200, 50, 512, 129)
+    batch = make_jagged(counts, events, heads=2, dim=32, dtype=torch.bfloat16)
+    run = partial(attnrec.target_attention_weights, *batch.weights_args, top=top)
+    scores = 2 * sum(c * n for c, n in zip(counts, events, strict=True))
+    return Case(f"attention weights, {f'top {top}' if top else 'all'}", scores, {"attnrec": ours(run)})
+
+
+def catalogue(op, backward=False, rows=64, items=4096, dim=64):
+    generator = torch.Generator().manual_seed(0)
+    users, table = (torch.randn(n, dim, generator=generator).bfloat16() for n in (rows, items))
+    target = torch.randint(0, items, (rows,), generator=generator)
+    offsets = make_offsets([items // rows] * rows)
+    name, scores, function, inputs = {
+        "softmax_score": ("softmax over a user's candidates", items,
+                          lambda u, t: attnrec.softmax_score(u, t, offsets), (users, table)),
+        "catalog_topk": (f"top 100 of {items} items for {rows} users", rows * items,
+                         lambda u, t: attnrec.catalog_topk(u, t, 100), (users, table)),
+        "catalog_cross_entropy": (f"cross-entropy over {items} items, {rows} positions", rows * items,
+                                  lambda u, t: attnrec.catalog_cross_entropy(u, t, target), (users, table)),
+    }[op]  # fmt: skip
+    name += f", D = {dim}, bf16" + (", forward and backward" if backward else "")
+    return Case(name, scores, {"attnrec": ours(partial(forward_and_backward, function, inputs, backward))})
+
+
+CASES = [
+    *(partial(causal, dim, backward) for dim in (32, 64, 128) for backward in (False, True)),
+    *(partial(candidates, dim, backward) for dim in (32, 64) for backward in (False, True)),
+    partial(candidates, 32, True, ("self", "key_bias")),
+    partial(weights, 10),
+    partial(weights, None),
+    partial(catalogue, "softmax_score", True),
+    partial(catalogue, "catalog_topk"),
+    partial(catalogue, "catalog_cross_entropy", True),
+]
+
+
+def rows_of(case):
+    rows = []
+    for who, function in case.functions.items():
+        kernels = counted(function)
+        for kernel, counts in kernels.items():
+            rows.append({"case": case.name, "who": who, "kernel": kernel, "scores": case.scores, **counts})
+        if len(kernels) > 1:
+            total = sum((Counter({k: row[k] for k in COLUMNS}) for row in kernels.values()), Counter())
+            rows.append({"case": case.name, "who": who, "kernel": "(all)", "scores": case.scores, **total})
+    return rows
+
+
+def table(rows):
+    """Markdown, a table a case."""
+    lines, case = [], None
+    for row in rows:
+        if row["case"] != case:
+            case = row["case"]
+            lines += ["", f"**{case}**", "", f"| of | kernel | {' | '.join(COLUMNS.values())} |"]
+            lines.append("|" + " --- |" * (len(COLUMNS) + 2))
+        cells = [f"{row.get(k, 0):,}" for k in COLUMNS]
+        cells[0] = f"{row['instructions'] / row['scores']:.1f}"
+        lines.append(f"| {row['who']} | `{row['kernel']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.ptxemu.counts")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--case", help="only cases whose name contains this")
+    options = parser.parse_args(argv)
+    rows = []
+    for make in CASES:
+        case = make()
+        if options.case and options.case not in case.name:
+            continue
+        found = rows_of(case)
+        print(table(found), flush=True)
+        rows += found
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

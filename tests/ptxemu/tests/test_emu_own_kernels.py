@@ -1,0 +1,211 @@
+"""The contract suite's own checks catch faults that are planted in the compiled PTX of the project's kernels.
+
+For each kernel and kind of fault, some of the faults that can be planted in lines that run: each is caught,
+by the emulator or by the comparison with the reference, or the kernel still writes the same bits (Triton
+emits waits that others cover, and guards that are true). The mutation command (mutate.py) does it at large.
+"""
+
+import os
+import random
+import re
+
+import pytest
+import torch
+from helpers import assert_matches_reference, make_jagged, make_offsets
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("compiled code is executed, and this process interprets", allow_module_level=True)
+
+from ptxemu import PtxError, session
+from ptxemu.mutations import mutants
+
+import attnrec
+from attnrec import kernels
+
+BF16 = torch.bfloat16
+
+
+def attention(differentiate=(), **changes):
+    batch = make_jagged([70, 0, 9], [129, 17, 257], **{"heads": 2, "dim": 64, "dtype": BF16, **changes})
+    return lambda: assert_matches_reference(
+        "target_attention", *batch.args, differentiate=differentiate, **batch.options
+    )
+
+
+def catalog(name, *args, differentiate=(), rows=40, items=700, dim=64, **options):
+    generator = torch.Generator().manual_seed(0)
+    users, table = (torch.randn(n, dim, generator=generator).to(BF16) for n in (rows, items))
+    target = torch.randint(0, items, (rows,), generator=generator)
+    if name == "softmax_score":
+        users, args = users[:4], [make_offsets([300, 0, 7, 393])]
+    elif name == "catalog_cross_entropy":
+        args = [target]
+    return lambda: assert_matches_reference(name, users, table, *args, differentiate=differentiate, **options)
+
+
+CASES = {  # name -> (op that has to be there, what runs and checks it)
+    "target_attention": ("target_attention", attention()),
+    "target_attention, options": (
+        "target_attention",
+        attention(options=("visible", "self", "key_bias", "kv_lengths"), kv_heads=1, dtype=torch.float16),
+    ),
+    "target_attention_backward": ("target_attention_backward", attention((0, 1))),
+    "softmax_score": ("softmax_score", catalog("softmax_score", differentiate=(0,))),
+    "catalog_topk": ("catalog_topk", catalog("catalog_topk", 20)),
+    "catalog_cross_entropy": (
+        "catalog_cross_entropy_backward",
+        catalog("catalog_cross_entropy", differentiate=(0,)),
+    ),
+}
+
+
+class Launches:
+    """The forms of the kernels that run, their lines that run, and the bits they write."""
+
+    def __init__(self):
+        self.forms, self.lines, self.bits = {}, {}, []
+
+    def __call__(self, call, stats):
+        self.forms[call.compiled] = call.name
+        self.lines[call.compiled] = self.lines.get(call.compiled, set()) | stats.lines
+        for buffer, written in stats.written.items():
+            self.bits.append(call.memory.bytes_of(buffer)[written].tobytes())
+
+
+@pytest.fixture
+def emulator(monkeypatch):
+    """run(check, edit) -> (what caught it or None, Launches)."""
+
+    def run(check, edit=None):
+        launches = Launches()
+        monkeypatch.setattr(session, "observe", launches)
+        monkeypatch.setattr(session, "edit", edit)
+        with session.session(), attnrec.use_backend("triton"):
+            try:
+                check()
+            except (PtxError, AssertionError) as e:
+                return getattr(e, "kind", "wrong result"), launches
+        return None, launches
+
+    return run
+
+
+def needs(op):
+    if op not in kernels.MODULES:
+        pytest.skip(f"there is no Triton kernel of {op}")
+
+
+def planted(kind, launches, count):
+    """Some faults of a kind in lines that run, of all kernels of the case."""
+    found = [
+        (ptx, mutant)
+        for ptx, name in launches.forms.items()
+        for mutant in mutants(ptx, name)
+        if mutant.kind == kind and mutant.line in launches.lines[ptx]
+    ]
+    return random.Random(0).sample(found, min(count, len(found)))
+
+
+FAULTS = (
+    "barrier removed",
+    "wait removed",
+    "load or store moved",
+    "fragments swapped",
+    "bound off by one",
+    "guard lost",
+    "selection swapped",
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_planted_faults_are_caught(case, emulator):
+    op, check = CASES[case]
+    needs(op)
+    caught, intact = emulator(check)
+    assert caught is None
+    for kind in FAULTS:
+        faults = planted(kind, intact, 4)
+        outcomes = []
+        for ptx, mutant in faults:
+            caught, launches = emulator(check, lambda _, text: mutant.plant(text) if text == ptx else text)  # noqa: B023
+            assert caught or launches.bits == intact.bits, f"not noticed: {mutant}"
+            outcomes.append(caught)
+        if kind != "wait removed":  # of waits, all that were drawn may be covered by others
+            assert not faults or any(outcomes), (kind, outcomes)
+
+
+@pytest.mark.parametrize("kind", ["barrier removed", "wait removed"])
+def test_all_barriers_or_all_waits_removed(kind, emulator):
+    check = CASES["target_attention"][1]
+    needs("target_attention")
+    _, intact = emulator(check)
+
+    def without(name, ptx):
+        lines = ptx.split("\n")
+        for mutant in mutants(ptx, name):
+            if mutant.kind == kind:
+                lines[mutant.line - 1] = mutant.new
+        return "\n".join(lines)
+
+    assert any(without(name, ptx) != ptx for ptx, name in intact.forms.items())
+    assert emulator(check, without)[0] in ("race", "never written")
+
+
+def test_lost_scale(emulator):
+    """The scale is the forward kernel's only fp32 argument; 1 in its place."""
+    needs("target_attention")
+
+    def without_scale(name, ptx):
+        scale = re.findall(r"\.param \.(?:f32|b32) (\w+)", ptx)
+        return re.sub(rf"ld\.param\.[bf]32(\s+%\w+), \[({'|'.join(scale)})\];", keep_or_one, ptx)
+
+    def keep_or_one(match):
+        return f"mov.b32{match[1]}, 0f3F800000;" if match[2] == factor else match[0]
+
+    _, intact = emulator(CASES["target_attention"][1])
+    for ptx in intact.forms:
+        factors = re.findall(r"\.param \.f32 (\w+)", ptx)
+        assert len(factors) <= 1
+        factor = factors[0] if factors else None
+    assert factor
+    caught, _ = emulator(CASES["target_attention"][1], without_scale)
+    assert caught == "wrong result"
+
+
+def far_apart(rows, dim, distance):
+    """Rows that lie `distance` elements apart, in memory that takes no room where it is not touched."""
+    import mmap
+
+    size = (rows - 1) * distance + dim
+    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE)
+    return torch.frombuffer(memory, dtype=BF16).as_strided((rows, 1, dim), (distance, dim, 1))
+
+
+def test_addresses_of_32_bits(emulator):
+    """Events that lie further from the first than 32 bits can say; then the products of addresses cut."""
+    needs("target_attention")
+    batch = make_jagged([5], [80], heads=1, dim=64, dtype=BF16)
+    key, value = (far_apart(80, 64, 1 << 25).copy_(x) for x in (batch.key, batch.value))
+    options = {"scale": 64**-0.5}
+
+    def check():
+        got, _ = attnrec.target_attention(
+            batch.query, key, value, *batch.args[3:], return_lse=True, **options
+        )
+        want, _ = attnrec.reference.target_attention(*batch.args, **options)
+        torch.testing.assert_close(got.float(), want.float(), atol=0.02, rtol=0.02)
+
+    caught, intact = emulator(check)
+    assert caught is None
+    products = [
+        (ptx, m)
+        for ptx, name in intact.forms.items()
+        for m in mutants(ptx, name)
+        if m.kind == "32-bit address" and m.line in intact.lines[ptx] and "mul.lo.s64" in m.old
+    ]
+    outcomes = [
+        emulator(check, lambda _, text: m.plant(text) if text == ptx else text)[0]  # noqa: B023
+        for ptx, m in products
+    ]
+    assert outcomes.count(None) < len(outcomes), outcomes

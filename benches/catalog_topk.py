@@ -10,7 +10,7 @@ from torch import Tensor
 
 import attnrec
 from attnrec import reference
-from benches.case import DTYPES, Case, Contender, Counts, Peer, Verdict
+from benches.case import DTYPES, Case, Contender, Counts, Peer, Refused, Verdict
 from benches.peers import brute_force, onnxruntime, openvino
 
 OP = "catalog_topk"
@@ -188,10 +188,24 @@ def matmul(problem: TopkProblem) -> Contender:
     return Contender(call)
 
 
+def matmul_bf16(problem: TopkProblem) -> Contender:
+    """The same over a table that was rounded to bf16 before: half the bytes, and not exact."""
+    if problem.users.dtype != torch.float32:
+        raise Refused("the table is not float32")
+    catalog = problem.catalog.bfloat16()
+
+    def call() -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            return tuple((problem.users.bfloat16() @ catalog.T).topk(problem.k))
+
+    return Contender(call, note="rounds the table and the scores to bf16")
+
+
 # --- cases --------------------------------------------------------------------------------------------------
 
 PEERS = {
     "mm-topk": matmul,
+    "mm-topk-bf16": matmul_bf16,
     "openvino": openvino.topk,
     "onnxruntime": onnxruntime.topk,
     "scann": brute_force.scann,

@@ -32,7 +32,11 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def show(old: dict[str, Any], new: dict[str, Any], *, to_stderr: bool = False) -> None:
     of = old["machine"]["commit"], new["machine"]["commit"]
-    console.table(f"{of[0]} → {of[1]}", HEADER, changes(old, new), to_stderr=to_stderr)
+    lines = changes(old, new)
+    if lines:
+        console.table(f"{of[0]} → {of[1]}", HEADER, lines, to_stderr=to_stderr)
+    else:
+        console.say("no case is in both with as many threads", to_stderr=to_stderr)
     differ = [
         name
         for name in ("cpu", "threads", "tier", "torch", "gpu")

@@ -36,7 +36,8 @@ python -m benches --compare benches/results/X.json
 How to read it:
 
 - Every result is first held against the reference by the contract's rule (error at most twice that of plain
-  PyTorch in the same dtype, plus a rounding step); what is wrong has no speed.
+  PyTorch in the same dtype, plus a rounding step; the largest error and the root mean square); what is wrong
+  has no speed.
 - Contenders take turns in one process, in samples of at least 20 ms (40 where an engine brings its own
   threads). Times are medians. A **ratio** is the peer's time over attnrec's, above 1 where attnrec is
   faster, and is the median of the rounds' ratios.
@@ -45,6 +46,7 @@ How to read it:
   needs, not what somebody does.
 - On a GPU a time is what lies between two events around a call, each with a cold L2 cache, so that small
   calls show their kernels and not their launches (`--graphs`: replays of a CUDA graph).
+- A name that begins with `+` is attnrec's own call with something added; ×1.05 is five percent more time.
 - **Memory** is {memory}.
   ONNX Runtime's results are in memory that was bound before.
 - Padding is not timed, for the peers that need padded input. Engines run as their users would run them:
@@ -164,9 +166,10 @@ def section(results: dict[str, Any], source: str) -> str:
 def _words_on_serving(rows: Sequence[Row]) -> str:
     counts = sorted({row["more"]["requests"] for row in rows if row.get("more")})
     return (
-        f"{' or '.join(map(str, counts))} requests of mixed lengths with Poisson arrivals, at 70 % of what "
-        "plain PyTorch answers one by one; the service takes up to so many of the waiting requests at once. "
-        "Service times are real, idle time is not waited for.\n"
+        f"The recommender's ranking model answers {' or '.join(map(str, counts))} requests of mixed lengths "
+        "with Poisson arrivals, at 70 % of what plain PyTorch (the same model with `nn.MultiheadAttention`) "
+        "answers one by one; the service takes up to so many of the waiting requests at once. Service times "
+        "are real, idle time is not waited for.\n"
     )
 
 

@@ -382,6 +382,9 @@ def test_compare_tells_change_from_noise(capsys):
     new["machine"]["cpu"] = "another"
     compare.show(old, new)
     assert "not the same machine" in capsys.readouterr().out
+    new["rows"][0]["threads"] = 2
+    compare.show(old, new)
+    assert "no case is in both" in capsys.readouterr().out
 
 
 def test_units():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benches import base, machine, performance, report, tables
-from benches.run import OURS
+from benches.run import OURS, failed
 
 CPU = torch.device("cpu")
 
@@ -78,6 +78,53 @@ def test_report(results, tmp_path):
     assert "not installed" in page
     assert results["machine"]["cpu"] in page
     assert page.count("<table>") == page.count("</table>") == 5
+
+
+def _several(case, ratios):
+    row = _row(case)
+    for name, of in ratios.items():
+        row["results"][name] = row["results"][OURS] | {"ratio": of}
+    return row
+
+
+def test_families_take_the_better_of_two_layouts():
+    rows = [
+        _several("table/1,2/fp32", {"sdpa": 4.0, "sdpa-strided": 2.0, "openvino": 3.0}),
+        _several("table/3,4/fp32", {"sdpa": 8.0, "sdpa-strided": 9.0, "openvino": 12.0, "+visible": 0.1}),
+        _several("alone/5/fp32", {"sdpa": 1.0}),
+    ]
+    lines = {line[2]: line for line in tables.family_lines(rows)}
+    assert lines["sdpa, better layout"] == (
+        "op/table",
+        "fp32",
+        "sdpa, better layout",
+        "2",
+        "4.00",
+        "2.00",
+        "1,2",
+    )
+    assert lines["openvino"][4:] == ("6.00", "3.00", "1,2")
+    assert lines.keys() == {"sdpa", "sdpa-strided", "openvino", "sdpa, better layout"}
+
+
+def test_ours_with_something_added_is_no_peer():
+    row = _several("options/1/fp32", {"+visible": 1.25, "peer": 2.0})
+    ((header, lines),) = tables.variants([row, _row("other", 2.0)])
+    assert header == ("case", OURS, "+visible")
+    assert lines == [("op/options/1/fp32", "1 ms", "×1.25")]
+    assert [line[4] for line in tables.lines(row)] == ["1", "×1.25", "2.00"]
+    assert tables.against_the_fastest([row])[0][3] == 2.0
+    row["wrong"]["+self"] = "out: error 1"
+    assert tables.variants([row])[0][1] == [("op/options/1/fp32", "1 ms", "×1.25", "wrong")]
+    assert failed(row)
+
+
+def test_notes_and_backends_are_shown():
+    row = _row("one", 2.0)
+    row["results"]["peer"]["note"] = "padding not timed"
+    row["backend"] = "triton"
+    assert [line[1] for line in tables.lines(row)] == ["attnrec (triton)", "peer *"]
+    assert tables.notes([row]) == "* peer: padding not timed"
 
 
 def test_slope_is_the_exponent():

@@ -186,6 +186,33 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def products(a, a_at, a_valid, b, b_at, b_valid, D: tl.constexpr, PRECISION: tl.constexpr):
+    """`a @ b.T` in fp32 of rows `a [M, BLOCK_D]` and `b [N, BLOCK_D]`, which are also given by pointers to
+    them; only those pointers are used, or only the tiles."""
+    if a.dtype != tl.float32 or PRECISION != "ieee" or INTERPRETED:
+        return dot(a, tl.trans(b), tl.zeros((a.shape[0], b.shape[0]), tl.float32), PRECISION)
+    else:
+        return exact_products(a_at, a_valid, b_at, b_valid, D)
+
+
+@triton.jit
+def exact_products(a_at, a_valid, b_at, b_valid, D: tl.constexpr):
+    """The same of fp32 rows, 16 numbers of the head dim at a time; rows that are not valid count as zeros.
+
+    In one `tl.dot` every thread holds its rows' whole reduction in registers: at D = 32 it spills, at D = 128
+    it is 16 thousand instructions of spilling.
+    """
+    d = tl.arange(0, 16)
+    s = tl.zeros((a_at.shape[0], b_at.shape[0]), tl.float32)
+    for begin in tl.range(0, D, 16, num_stages=1):
+        inside = (begin + d < D)[None, :]
+        a = tl.load(a_at[:, None] + (begin + d)[None, :], mask=a_valid[:, None] & inside, other=0.0)
+        b = tl.load(b_at[:, None] + (begin + d)[None, :], mask=b_valid[:, None] & inside, other=0.0)
+        s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
 def is_finite(x):
     return tl.abs(x.to(tl.float32)) < float("inf")
 
@@ -377,30 +404,13 @@ def _tile(
     ALL: tl.constexpr = not (HAS_BIAS or MASKED)
     bias_tile, shown = load_bias(bias, event, bias_stride, most, BLOCK_N, HAS_BIAS, MASKED, BIAS_UNIT)
     k = load_events(key, event, key_stride, shown, ALL, D, BLOCK_D, BLOCK_N)
-    if q_at is None or INTERPRETED or q.dtype != tl.float32 or PRECISION != "ieee":
+    if q_at is None:
         s = dot(q, tl.trans(k), tl.zeros((q.shape[0], BLOCK_N), tl.float32), PRECISION)
     else:
-        s = _exact_products(q_at[0], q_at[1], key, event, key_stride, shown, D, BLOCK_N)
+        k_at = key + tl.cast(event, tl.int64) * key_stride + tl.arange(0, BLOCK_N) * key_stride
+        s = products(q, q_at[0], q_at[1], k, k_at, shown, D, PRECISION)
     s, unit = mask_scores(s, bias_tile, factor, event, shown, seen, HAS_BIAS, HAS_VISIBLE, MASKED)
     return STEP(state, context, s, unit, k, event, shown, MASKED)
-
-
-@triton.jit
-def _exact_products(q_at, valid, key, event, stride, shown, D: tl.constexpr, N: tl.constexpr):
-    """`q @ k.T` in fp32 of whole rows, 16 numbers of the head dim at a time.
-
-    In one `tl.dot` every thread holds its rows' whole reduction in registers: at D = 32 it spills, at D = 128
-    it is 16 thousand instructions of spilling.
-    """
-    n, d = tl.arange(0, N), tl.arange(0, 16)
-    k_at = key + tl.cast(event, tl.int64) * stride + n * stride
-    s = tl.zeros((q_at.shape[0], N), tl.float32)
-    for begin in tl.range(0, D, 16, num_stages=1):
-        inside = begin + d < D
-        q = tl.load(q_at[:, None] + (begin + d)[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
-        k = tl.load(k_at[:, None] + (begin + d)[None, :], mask=shown[:, None] & inside[None, :], other=0.0)
-        s = tl.dot(q, tl.trans(k), s, input_precision="ieee")
-    return s
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def _weights(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes `weights [pairs, heads]`: user b's from `pair_offsets[b]` on, candidate by candidate, in event order."""
+    """Writes `weights [pairs, heads]`: user b's from `pair_offsets[b]` on, by candidate, then by event."""
     user, first, end = st.find_tile(tl.program_id(0), q_offsets, users, total_rows, BLOCK_M // PACK)
     if first >= end:
         return

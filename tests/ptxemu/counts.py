@@ -39,12 +39,12 @@ COLUMNS = {
 }
 
 
-def of_launch(stats, grid, threads):
+def of_launch(stats, blocks, threads):
     """The counts of a launch by class. Instructions, exponentials: by thread; matrix, barriers: by warp."""
     memory, classes = stats.memory, stats.classes
     return {
         "launches": 1,
-        "blocks": grid[0] * grid[1] * grid[2],
+        "blocks": blocks,
         "threads_a_block": threads,
         "instructions": stats.instructions,
         "matrix": sum(n for name, n in classes.items() if name.startswith("mma")),
@@ -64,12 +64,13 @@ def counted(function):
 
     def execute(call):
         stats = call.run(races=False)
-        counts = of_launch(stats, call.grid, call.block)
+        counts = of_launch(stats, call.blocks, call.threads)
         before = found.get(call.name)
         if before:
             counts = {k: n if k == "threads_a_block" else n + before[k] for k, n in counts.items()}
         matrix = [name.removeprefix("mma ") for name in stats.classes if name.startswith("mma")]
         found[call.name] = counts | {"matrix_kinds": matrix}
+        return stats
 
     with warnings.catch_warnings(), peers.on_an_a100(), emulated(execute):
         warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import PtxError
 from .memory import GlobalMemory
-from .program import Program
+from .program import Call, Program
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 CUDA_HOME = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
@@ -107,9 +107,10 @@ _runtime = None
 
 class CudaLibrary:
     """A compiled .cu file. `call` runs one of its extern "C" host functions; `options` are those of
-    launch_ptx (schedule, seed, ...); `stats` holds the Stats of the launches of the last call."""
+    launch_ptx (schedule, seed, ...); `stats` holds the Stats of the last call's launches. `execute(call)`
+    runs a launch in place of `call.run(**options)` and returns Stats too."""
 
-    def __init__(self, source, flags=(), **options):
+    def __init__(self, source, flags=(), execute=None, **options):
         """source: path of a .cu file, or its text."""
         global _runtime
         _runtime = _runtime or _Runtime()
@@ -125,33 +126,14 @@ class CudaLibrary:
         with open(cu, "w") as f:
             f.write(text)
         # one run gives both: the library, and (kept) the PTX that it embeds
-        so = _built(
-            os.path.join(folder, "kernels.so"),
-            lambda out: _run(
-                [
-                    os.path.join(CUDA_HOME, "bin", "nvcc"),
-                    "-std=c++17",
-                    "-shared",
-                    "-Xcompiler",
-                    "-fPIC",
-                    "-cudart",
-                    "none",
-                    "-gencode",
-                    "arch=compute_80,code=compute_80",
-                    "--keep",
-                    "--keep-dir",
-                    folder,
-                    *flags,
-                    cu,
-                    "-o",
-                    out,
-                ]
-            ),
-        )
+        command = [os.path.join(CUDA_HOME, "bin", "nvcc"), "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
+        command += ["-cudart", "none", "-gencode", "arch=compute_80,code=compute_80"]
+        command += ["--keep", "--keep-dir", folder, *flags, cu, "-o"]
+        so = _built(os.path.join(folder, "kernels.so"), lambda out: _run([*command, out]))
         with open(os.path.join(folder, "kernels.ptx")) as f:
             self.ptx = f.read()
         self.program = Program(self.ptx, identity=True)
-        self.options, self.stats, self.error = options, [], None
+        self.execute, self.options, self.stats, self.error = execute, options, [], None
         _runtime.libraries.append(self)
         _runtime.stub.ptxemu_begin_library(len(_runtime.libraries) - 1)
         self.lib = ctypes.CDLL(so)
@@ -168,9 +150,8 @@ class CudaLibrary:
         params = bytearray(kernel.param_bytes)
         for i, (offset, p) in enumerate(kernel.params.values()):
             params[offset : offset + p.size] = ctypes.string_at(args[i], p.size)
-        self.stats.append(
-            self.program.launch(name, grid, block, bytes(params), shared, _runtime.memory, **self.options)
-        )
+        call = Call(self.program, name, grid, block, bytes(params), shared, _runtime.memory)
+        self.stats.append(self.execute(call) if self.execute else call.run(**self.options))
 
     def call(self, name, *args, **options):
         """Call a host function that returns int. Arrays and tensors are registered for this call and

@@ -10,10 +10,10 @@ import re
 
 import numpy as np
 
-from .errors import Fault, PtxError
-from .machine import RESELECT
+from .errors import PtxError
 from .memory import LOCAL_WINDOW, SHARED_WINDOW
 from .parser import TYPE_BYTES, Instruction
+from .special import special_register
 
 HANDLERS = {}  # opcode -> handler(decoder, instruction) -> closure or list of closures
 
@@ -418,184 +418,20 @@ def guarded(guard, f):
     return g
 
 
-# ---------------------------------------------------------------- special registers
-
-
-def _u32(f):
-    return lambda S: f(S).astype(np.uint32)
-
-
-def _axis(i):
-    def tid(S):
-        bx, by, _ = S.launch.block
-        return (S.thread % bx, S.thread // bx % by, S.thread // (bx * by))[i]
-
-    def ctaid(S):
-        gx, gy, _ = S.launch.grid
-        b = S.set.block_ids[S.block]
-        return (b % gx, b // gx % gy, b // (gx * gy))[i]
-
-    def uniform(value):
-        return lambda S: np.full(S.L, value(S))
-
-    return {
-        "tid": tid,
-        "ctaid": ctaid,
-        "ntid": uniform(lambda S: S.launch.block[i]),
-        "nctaid": uniform(lambda S: S.launch.grid[i]),
-    }
-
-
-_ONE = np.uint64(1)
-
-
-def _lane(S):
-    return (S.thread % 32).astype(np.uint64)
-
-
-SPECIAL = {f"%{name}.{c}": f for i, c in enumerate("xyz") for name, f in _axis(i).items()}
-SPECIAL |= {
-    "%laneid": _lane,
-    "%warpid": lambda S: S.thread // 32,
-    "%nwarpid": lambda S: np.full(S.L, 64),
-    "%smid": lambda S: S.set.block_ids[S.block] % 108,
-    "%nsmid": lambda S: np.full(S.L, 108),
-    "%gridid": lambda S: np.zeros(S.L),
-    "%lanemask_eq": lambda S: _ONE << _lane(S),
-    "%lanemask_lt": lambda S: (_ONE << _lane(S)) - _ONE,
-    "%lanemask_le": lambda S: (_ONE << _lane(S) << _ONE) - _ONE,
-    "%lanemask_gt": lambda S: ~((_ONE << _lane(S) << _ONE) - _ONE) & np.uint64(0xFFFFFFFF),
-    "%lanemask_ge": lambda S: ~((_ONE << _lane(S)) - _ONE) & np.uint64(0xFFFFFFFF),
-    "%dynamic_smem_size": lambda S: np.full(S.L, S.launch.shared_bytes - S.launch.kernel.shared_bytes),
-    "%total_smem_size": lambda S: np.full(S.L, S.launch.shared_bytes),
-}
-_COUNTERS = ("%clock", "%clock64", "%clock_hi", "%globaltimer", "%globaltimer_lo", "%globaltimer_hi")
-
-
-def special_register(name):
-    """get(group) -> integer array, or None. %clock and %globaltimer count instructions."""
-    if name in _COUNTERS:
-        shift = 32 if name.endswith("_hi") else 0
-        return lambda S: np.full(S.L, S.ticks >> shift, np.uint64)
-    f = SPECIAL.get(name)
-    if f is None:
-        return None
-
-    def get(S):
-        if name not in S.cache:
-            S.cache[name] = f(S).astype(np.uint32)
-        return S.cache[name]
-
-    return get
-
-
-# ---------------------------------------------------------------- control flow
-
-
-@handles("bra")
-def bra(D, ins):
-    mods = Mods(ins)
-    mods.flag("uni")
-    mods.done()
-    cell = D.label(ins.operands[0])
-    if ins.pred is None:
-        return lambda S, m: cell[0]
-    guard = D.predicate(("!" if ins.negated else "") + ins.pred)
-    D.guard_taken = True
-
-    def f(S, m):
-        p = guard(S)
-        p = S.full(p) if m is None else p & m
-        n = int(np.count_nonzero(p))
-        if n == 0:
-            return None
-        if n == S.count:
-            return cell[0]
-        S.set_pc(S.at + 1)
-        S.pc[p] = cell[0]
-        return RESELECT
-
-    return f
-
-
-@handles("brx")
-def brx(D, ins):
-    mods = Mods(ins)
-    mods.flag("idx")
-    mods.flag("uni")
-    mods.done()
-    index = D.src(ins.operands[0], "u32")
-    cells = [D.label(t) for t in ins.scope.find("tables", ins.operands[1])[1]]
-
-    def f(S, m):
-        i = S.full(index(S))
-        here = S.lanes(m)
-        if (i[here] >= len(cells)).any():
-            S.fault_mask = None
-            raise Fault("brx.idx out of range", int(np.argmax(here & (i >= len(cells)))))
-        S.set_pc(S.at + 1)
-        S.pc[here] = np.array([c[0] for c in cells])[i[here]]
-        return RESELECT
-
-    return f
-
-
-@handles("exit", "ret")
-def leave(D, ins):
-    mods = Mods(ins)
-    mods.flag("uni")
-    mods.done()
-    if D.frame.end_label is not None and ins.op == "ret":
-        cell = D.frame.end_label
-
-        def back(S, m):  # the end of a function decoded in place
-            S.set_pc(S.at + 1)
-            S.pc[S.lanes(m)] = cell[0]
-            return RESELECT
-
-        return back
-
-    def f(S, m):
-        S.set_pc(S.at + 1)
-        S.exit(m)
-        return RESELECT
-
-    if ins.pred is None:
-        D.kernel.exits.append(len(D.kernel.code))
-    return f
-
-
-@handles("trap")
-def trap(D, ins):
-    def f(S, m):
-        S.fault_mask = None
-        raise Fault("trap", int(np.argmax(S.lanes(m))))
-
-    return f
-
-
-@handles("call")
-def call(D, ins):
-    mods = Mods(ins)
-    mods.flag("uni")
-    mods.done()
-    ops = [o[1:-1] if o.startswith("(") else o for o in ins.operands]
-    has_return = ins.operands[0].startswith("(")
-    returns = [ops.pop(0)] if has_return else []
-    name, actual = ops[0], [x.strip() for x in ops[1].split(",")] if len(ops) > 1 and ops[1] else []
-    places = [D.address_of(a) for a in actual]
-    if name in EXTERNAL:
-        return EXTERNAL[name](D, [p[1] for p in places], [D.address_of(r)[1] for r in returns])
-    callee = D.program.module.functions.get(name)
-    if callee is None:
-        raise PtxError("call of an unknown or indirect function", detail=name)
-    if ins.pred:
-        raise PtxError("predicated call is not supported")
-    params = dict(zip([p.name for p in callee.params], places, strict=True))
-    params |= dict(zip([p.name for p in callee.returns], [D.address_of(r) for r in returns], strict=True))
-    D.function(Frame(callee, end_label=[None], params=params))
-    D.ins = ins
-    return []
+def emit(D, ins, type_, fn, n, dst_type=None):
+    """Closure for d = fn(s1..sn), all operands of one type."""
+    put = D.dst(ins.operands[0], dst_type or type_)
+    s = [D.src(o, type_) for o in ins.operands[1 : 1 + n]]
+    if len(ins.operands) != n + 1:
+        raise PtxError("wrong number of operands", detail=f"{len(ins.operands)}, not {n + 1}")
+    if n == 1:
+        (a,) = s
+        return lambda S, m: put(S, fn(a(S)), m)
+    if n == 2:
+        a, b = s
+        return lambda S, m: put(S, fn(a(S), b(S)), m)
+    a, b, c = s
+    return lambda S, m: put(S, fn(a(S), b(S), c(S)), m)
 
 
 EXTERNAL = {}  # functions of the device runtime, implemented in isa_memory.py

@@ -5,7 +5,7 @@ import numpy as np
 from . import floats as fl
 from .decode import TYPES, Mods, handles
 from .errors import Fault, PtxError
-from .isa_arith import half_store
+from .isa_float import half_store
 from .isa_memory import count_shared
 from .machine import RESELECT
 

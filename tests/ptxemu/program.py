@@ -5,7 +5,17 @@ import struct
 
 import numpy as np
 
-from . import decode, isa_arith, isa_memory, isa_warp  # noqa: F401  (the isa modules register handlers)
+from . import (  # noqa: F401  (the isa modules register handlers)
+    decode,
+    device_runtime,
+    isa_async,
+    isa_control,
+    isa_convert,
+    isa_float,
+    isa_integer,
+    isa_memory,
+    isa_warp,
+)
 from .errors import PtxError
 from .machine import Launch
 from .memory import GlobalMemory
@@ -16,6 +26,7 @@ class Program:
     _variables_at = 1 << 46  # addresses of the next program's variables
 
     def __init__(self, ptx, identity=False):
+        self.ptx = ptx
         self.module = parse(ptx)
         self.kernels = {}
         self.variables = GlobalMemory(identity, Program._variables_at, gap=1 << 16)
@@ -99,6 +110,23 @@ def pack_one(x, p, memory):
     if isinstance(x, (float, np.floating)):
         raise PtxError("float for an integer parameter", detail=p.name)
     return (int(x) & ((1 << 8 * p.size) - 1)).to_bytes(p.size, "little")
+
+
+class Call:
+    """A launch that is ready to run, as often as one likes. `compiled` is the PTX as the compiler gave it;
+    `program` may be of an edited copy."""
+
+    def __init__(self, program, kernel, grid, block, params, shared, memory, compiled=None):
+        self.program, self.name, self.params, self.memory = program, kernel, params, memory
+        self.grid, self.threads, self.shared = grid, block, shared
+        self.blocks = grid[0] * grid[1] * grid[2]
+        self.compiled = compiled or program.ptx
+
+    def run(self, **options):
+        """The launch's Stats; options as for `launch_ptx`."""
+        return self.program.launch(
+            self.name, self.grid, self.threads, self.params, self.shared, self.memory, **options
+        )
 
 
 _programs = {}

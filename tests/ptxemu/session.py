@@ -12,7 +12,6 @@ import os
 import numpy as np
 
 from .errors import PtxError
-from .triton_front import emulated
 
 # Warps run one at a time cost several times more than together. So of a launch that executes more than this
 # many warp instructions only some blocks, drawn at random, are run again; 0: none ever.
@@ -29,13 +28,13 @@ _seeds = itertools.count()
 
 
 def execute(call):
-    """Runs a launch in lockstep, then with its warps apart."""
+    """Runs a launch in lockstep, then with its warps apart; Stats of the first."""
     before = call.memory.snapshot()
     stats = call.run(memory_stats=False, races=races)
     if observe is not None:
         observe(call, stats)
     if not (MOST and races and call.blocks):
-        return
+        return stats
     seed = next(_seeds)
     share = min(1.0, MOST / max(stats.instructions / 32, 1))
     blocks = np.random.default_rng(seed).permutation(call.blocks)[: max(1, int(share * call.blocks))]
@@ -57,10 +56,13 @@ def execute(call):
                 detail=f"seed {seed}",
             )
     call.memory.restore(results)
+    return stats
 
 
 @contextlib.contextmanager
 def session():
     """Everything the project launches with Triton runs on the emulator; CPU tensors are taken."""
+    from .triton_front import emulated
+
     with emulated(execute, lambda name, ptx: edit(name, ptx) if edit else ptx):
         yield

@@ -12,36 +12,25 @@ from attnrec.kernels.standin import stand_in
 from triton.backends.driver import decompose_descriptor
 
 from .memory import GlobalMemory
-from .program import load
+from .program import Call, load
 
 last = {}  # of the last launch: "ptx" and "shared" bytes of the kernel, "stats"
 
 
-class Call:
-    """A launch that is ready to run, as often as one likes."""
-
-    def __init__(self, launched, edit=None):
-        meta = launched.metadata
-        self.name, self.compiled = launched.name, launched.file("ptx").read_text()
-        self.ptx = edit(self.name, self.compiled) if edit else self.compiled
-        self.grid, self.block, self.shared = launched.grid, 32 * meta.num_warps, meta.shared
-        self.memory, values = GlobalMemory(), []
-        for kind, value in zip(launched.source.signature.values(), launched.arguments, strict=True):
-            flatten(kind, value, values)
-        self.blocks = self.grid[0] * self.grid[1] * self.grid[2]
-        for what in ("global", "profile"):  # hidden scratch pointers at the end
-            size = getattr(meta, f"{what}_scratch_size", 0)
-            values.append(self.memory.allocate(size * self.blocks, f"{what} scratch").base if size else 0)
-        program = load(self.ptx)
-        self.program, self.params = program, program.pack(program.kernel(self.name), values, self.memory)
-
-    def run(self, **options):
-        """The launch's Stats; options as for `launch_ptx`."""
-        stats = self.program.launch(
-            self.name, self.grid, self.block, self.params, self.shared, self.memory, **options
-        )
-        last.update(ptx=self.ptx, shared=self.shared, stats=stats)
-        return stats
+def prepare(launched, edit=None):
+    """The Call of a launch that the stand-in driver got."""
+    meta, compiled = launched.metadata, launched.file("ptx").read_text()
+    program = load(edit(launched.name, compiled) if edit else compiled)
+    memory, values = GlobalMemory(), []
+    for kind, value in zip(launched.source.signature.values(), launched.arguments, strict=True):
+        flatten(kind, value, values)
+    blocks = launched.grid[0] * launched.grid[1] * launched.grid[2]
+    for what in ("global", "profile"):  # hidden scratch pointers at the end
+        size = getattr(meta, f"{what}_scratch_size", 0)
+        values.append(memory.allocate(size * blocks, f"{what} scratch").base if size else 0)
+    params = program.pack(program.kernel(launched.name), values, memory)
+    threads = 32 * meta.num_warps
+    return Call(program, launched.name, launched.grid, threads, params, meta.shared, memory, compiled)
 
 
 def flatten(kind, value, out):
@@ -69,13 +58,14 @@ def _benchmarker():
 def emulated(execute=None, edit=None, **options):
     """Makes the emulator the active Triton driver; options as for `launch_ptx`.
 
-    `execute(call)` is called in place of `call.run(**options)`; `edit(name, ptx)` gives the PTX to run in
-    place of what was compiled.
+    `execute(call)` runs a launch in place of `call.run(**options)` and returns Stats too; `edit(name, ptx)`
+    gives the PTX to run in place of what was compiled.
     """
 
     def launch(launched):
-        call = Call(launched, edit)
-        execute(call) if execute else call.run(**options)
+        call = prepare(launched, edit)
+        stats = execute(call) if execute else call.run(**options)
+        last.update(ptx=call.program.ptx, shared=call.shared, stats=stats)
 
     with stand_in(80, launch) as driver:
         driver.get_benchmarker = _benchmarker

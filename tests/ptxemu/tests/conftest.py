@@ -1,7 +1,5 @@
-import os
-import sys
+"""What holds for the emulator's own tests."""
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))  # the folder that holds ptxemu/
-sys.path.insert(0, HERE)
+import os
+
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 does by default, without its warning

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ptxemu import CudaLibrary, PtxError
+from ptxemu import CudaLibrary, PtxError, session
 from ptxemu.cuda_front import CUDA_HOME
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -204,3 +204,46 @@ def test_cub_block_algorithms(schedule):
     first = ids.view(4, 32, 4)[:, :, 0]
     assert torch.equal(scan.view(4, 32), first.cumsum(1).int() - first)
     assert torch.equal(tops, value.view(4, 128)[:, 0])
+
+
+class TestContractSuite:
+    """CUDA C++ as the contract suite runs it: every launch in lockstep, then with its warps apart, strict."""
+
+    def test_launches_of_host_code_run_twice(self, lib, monkeypatch):
+        launches = []
+        monkeypatch.setattr(session, "observe", lambda call, stats: launches.append((call.name, call.grid)))
+        monkeypatch.setattr(lib, "execute", session.execute)
+        x, y = torch.randn(5, 300) * 3, torch.full((5, 300), torch.nan)
+        assert lib.call("softmax", x, y, 5, 300, 128, None) == 0
+        assert (y - x.double().softmax(-1)).abs().max() < 1e-6
+        assert [grid for _, grid in launches] == [(5, 1, 1)]
+        assert "softmax_kernel" in launches[0][0]
+
+    def test_a_result_that_depends_on_the_order_of_warps(self):
+        """By relaxed atomics, which are no race: the last warp to come is the one whose number stays."""
+        lib = CudaLibrary(
+            """#include <cuda_runtime.h>
+            __global__ void last(int* out) { if (threadIdx.x % 32 == 0) atomicExch(out + 1, threadIdx.x / 32);
+              __syncthreads(); if (threadIdx.x == 0) out[0] = atomicAdd(out + 1, 0); }
+            extern "C" int run(int* out) { last<<<1, 256>>>(out); return cudaGetLastError(); }
+            """,
+            execute=session.execute,
+        )
+
+        def often():
+            for _ in range(20):
+                lib.call("run", torch.zeros(2, dtype=torch.int32))
+
+        with pytest.raises(PtxError, match="depends on the order of warps"):
+            often()
+
+    def test_blocks_that_meet(self):
+        lib = CudaLibrary(
+            """#include <cuda_runtime.h>
+            __global__ void same(float* out) { if (threadIdx.x == 0) out[blockIdx.x / 2] = 1; }
+            extern "C" int run(float* out) { same<<<4, 32>>>(out); return cudaGetLastError(); }
+            """,
+            execute=session.execute,
+        )
+        with pytest.raises(PtxError, match="race: write by block"):
+            lib.call("run", torch.zeros(2))

@@ -74,6 +74,7 @@ def run_case(
         "refused": {},
         "wrong": {},
     }
+    started = time.perf_counter()
     with thread_count(row["threads"]):
         problem = case.make(device)
         counts = problem.counts()
@@ -100,6 +101,7 @@ def run_case(
         if case.more is not None:
             say("more")
             row["more"] = case.more(problem, list(right))
+    row["took"] = time.perf_counter() - started  # of a suite that has a time to keep
     return row
 
 

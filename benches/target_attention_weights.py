@@ -16,7 +16,7 @@ from benches.lengths import log_normal
 
 OP = "target_attention_weights"
 OURS, PEERS = 2.0, 10.0
-ORDERS = 4  # as target_attention's
+ORDERS = 3  # as target_attention's
 
 
 def count(pairs: int, rows: int, events: int, *, heads: int, dim: int, size: int, top: int | None) -> Counts:

@@ -59,6 +59,7 @@ def test_rows_are_whole(smoke):
         assert row["flops"] > 0
         assert row["bytes"] > 0
         assert row["floor_seconds"] > 0
+        assert row["took"] > 0
         assert row["bound"] in ("matrix", "memory", "exponentials")
         for name, result in row["results"].items():
             assert 0 < result["p10"] <= result["seconds"] <= result["p90"], (row["case"], name)

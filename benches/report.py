@@ -45,7 +45,8 @@ def write(results: dict[str, Any], folder: Path) -> Path:
     page = folder / "index.html"
     title = f"attnrec benchmarks, {results['suite'] or 'chosen cases'}"
     page.write_text(
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width'><title>{title}</title>"
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     return page

@@ -22,7 +22,7 @@ OURS, OURS_GRADIENT, PEERS = 2.0, 3.0, 10.0
 # Further orders of summation that plain PyTorch's error is taken from. In growth-heads/16 one row's largest
 # weight decides: plain PyTorch is off by 3.0e-7 there in its own order, by up to 8.6e-7 in eight others.
 ORDERS = 3
-MUCH = 1 << 28  # scores times head dim: with more one order has to do, which then has many rows to err in
+MUCH = 1 << 28  # scores times head dim: with more one further order has to do, which has many rows to err in
 
 
 def count(
@@ -87,7 +87,7 @@ class AttentionProblem:
         ways = [by_reference(self.batch)]
         _, heads, dim = self.batch.query.shape
         passes = 3 if self.batch.train else 1
-        count = ORDERS if passes * self.batch.pairs * heads * dim <= MUCH else 0
+        count = ORDERS if passes * self.batch.pairs * heads * dim <= MUCH else 1
         ways += [back(by_reference(shuffled)) for shuffled, back in other_orders(self.batch, count)]
         return ways, by_reference(self.batch.double())
 

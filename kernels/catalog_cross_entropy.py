@@ -217,27 +217,6 @@ def _log_sums(
 
 
 @triton.jit
-def _exact_products(a_at, a_valid, b_at, b_valid, D: tl.constexpr):
-    d = tl.arange(0, 16)
-    s = tl.zeros((a_at.shape[0], b_at.shape[0]), tl.float32)
-    for begin in tl.range(0, D, 16, num_stages=1):
-        inside = begin + d < D
-        a = tl.load(a_at[:, None] + (begin + d)[None, :], mask=a_valid[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_at[:, None] + (begin + d)[None, :], mask=b_valid[:, None] & inside[None, :], other=0.0)
-        s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
-    return s
-
-
-@triton.jit
-def _products(a, a_at, a_valid, b, b_at, b_valid, D: tl.constexpr, PRECISION: tl.constexpr):
-    if a.dtype != tl.float32 or PRECISION != "ieee" or st.INTERPRETED:
-        nothing = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
-        return st.dot(a, tl.trans(b), nothing, PRECISION)
-    else:
-        return _exact_products(a_at, a_valid, b_at, b_valid, D)
-
-
-@triton.jit
 def own_scores(
     q,
     q_at,
@@ -268,7 +247,7 @@ def own_scores(
             added = tl.load(target_bias + first + column, mask=there, other=0.0)
             there = there & (added != -float("inf"))
         k = st.load_rows(table, item, item * 0, table_stride, 0, there, D, BLOCK_D)
-        s = _products(q, q_at, kept, k, table + item * table_stride, there, D, PRECISION)
+        s = st.products(q, q_at, kept, k, table + item * table_stride, there, D, PRECISION)
         s, _ = st.mask_scores(s, added, factor, 0, there, item, HAS_BIAS, False, False)
         own += tl.sum(tl.where(tl.arange(0, M)[:, None] == column[None, :], s, 0.0), 1)
     return own
@@ -287,6 +266,7 @@ def _losses(
     bias_sum,
     loss,
     lse,
+    rest,
     factor,
     smoothing,
     row_count,
@@ -301,9 +281,10 @@ def _losses(
     HAS_BIAS: tl.constexpr,
     SAMPLED: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    WITH_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A row's splits merged in their order, and its loss."""
+    """A row's splits merged in their order, and its loss. `rest`: what rounding has taken from lse."""
     first = tl.program_id(0) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     kept = tl.load(ignored + row, mask=row < row_count, other=1) == 0
@@ -340,8 +321,34 @@ def _losses(
             mean += tl.load(bias_sum)
         of_row += smoothing * (own * unit - mean / table_count)
     tl.store(loss + row, tl.where(kept, of_row, 0.0), mask=row < row_count)
-    of_row = tl.where(kept & (l != 0.0), m * unit + log_l, -float("inf"))
+    highest = tl.fma(m, tl.zeros_like(m) + unit, tl.zeros_like(m))
+    of_row = tl.where(kept & (l != 0.0), highest + log_l, -float("inf"))
     tl.store(lse + row, of_row, mask=row < row_count)
+    if WITH_REST:
+        tl.store(rest + row, tl.where(kept, (highest - of_row) + log_l, 0.0), mask=row < row_count)
+
+
+def losses(rows: Rows, smoothing: float, *, with_rest: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(loss, lse, rest)`, `[T]` each; lse + rest is the log-sum-exp to twice the precision."""
+    launch, constants = launch_for("catalog_cross_entropy", rows)
+    constants |= {"HAS_BIAS": rows.bias is not None, "SAMPLED": rows.ids is not None}
+    count = rows.users.shape[0]
+    tiles = triton.cdiv(count, launch.block_m)
+    loss, lse, rest = torch.empty(3, count, dtype=torch.float32, device=rows.users.device)
+    maxima, sums = torch.empty(2, rows.splits, count, dtype=torch.float32, device=rows.users.device)
+    if rows.splits:
+        _log_sums[(tiles, rows.splits)](
+            rows.users, rows.items, rows.ids, rows.bias, rows.target, rows.ignored, maxima, sums, rows.factor,
+            count, rows.items.shape[0], rows.split(launch.block_n), rows.users.stride(0),
+            rows.items.stride(0), **constants,
+        )  # fmt: skip
+    table_sum, bias_sum = sums_of_items(rows) if smoothing > 0.0 else (None, None)
+    _losses[(tiles,)](
+        rows.users, rows.table, rows.target, rows.target_bias, rows.ignored, maxima, sums, table_sum,
+        bias_sum, loss, lse, rest, rows.factor, smoothing, count, rows.table.shape[0], rows.splits,
+        rows.users.stride(0), rows.table.stride(0), SMOOTHING=smoothing > 0.0, WITH_REST=with_rest, **constants,
+    )  # fmt: skip
+    return loss, lse, rest if with_rest else None
 
 
 def catalog_cross_entropy(
@@ -362,28 +369,8 @@ def catalog_cross_entropy(
     Ignored rows have loss 0 and lse -inf. Memory beside the results: 8 bytes for each row and split, and with
     negatives their rows.
     """
-    count = users.shape[0]
-    loss = torch.zeros(count, dtype=torch.float32, device=users.device)
-    lse = torch.full_like(loss, -torch.inf)
-    if count == 0 or table.shape[0] == 0:  # without items every row is ignored
-        return loss, lse
+    if users.shape[0] == 0 or table.shape[0] == 0:  # without items every row is ignored
+        loss = torch.zeros(users.shape[0], dtype=torch.float32, device=users.device)
+        return loss, torch.full_like(loss, -torch.inf)
     rows = rows_of_call(users, table, target, temperature, bias, logq, ignore_index, negatives, in_batch)
-    launch, constants = launch_for("catalog_cross_entropy", rows)
-    constants |= {"HAS_BIAS": rows.bias is not None, "SAMPLED": rows.ids is not None}
-    tiles = triton.cdiv(count, launch.block_m)
-    maxima, sums = torch.empty(2, rows.splits, count, dtype=torch.float32, device=users.device)
-    if rows.splits:
-        _log_sums[(tiles, rows.splits)](
-            rows.users, rows.items, rows.ids, rows.bias, rows.target, rows.ignored, maxima, sums, rows.factor,
-            count, rows.items.shape[0], rows.split(launch.block_n), rows.users.stride(0),
-            rows.items.stride(0), **constants,
-        )  # fmt: skip
-    table_sum = bias_sum = None
-    if label_smoothing > 0.0:
-        table_sum, bias_sum = sums_of_items(rows)
-    _losses[(tiles,)](
-        rows.users, rows.table, rows.target, rows.target_bias, rows.ignored, maxima, sums,
-        table_sum, bias_sum, loss, lse, rows.factor, label_smoothing, count, table.shape[0], rows.splits,
-        rows.users.stride(0), rows.table.stride(0), SMOOTHING=label_smoothing > 0.0, **constants,
-    )  # fmt: skip
-    return loss, lse
+    return losses(rows, label_smoothing)[:2]

@@ -4,14 +4,15 @@
 
 and from it come those of users, table and bias, in two passes without atomics, which take the scores again:
 
-- `_grad_users`: a block keeps a tile of rows and goes over one split of the items; `_finish_users` adds the splits
-  up in their order, so that a row's gradient is the same bits in any batch.
-- `_grad_items`: a block keeps a tile of items and goes over the rows (or, where there are few items, over a part of
-  them). With negatives these are the negatives' gradients, and rows of the table are made of them and of the rows'
-  own targets by `_collect`, which sums what belongs to one item in the order of a stable sort.
+- `_grad_users`: a block keeps a tile of rows and goes over one split of the items; `_finish_users` adds the
+  splits up in their order, so that a row's gradient is the same bits in any batch.
+- `_grad_items`: a block keeps a tile of items and goes over the rows (where items are few, over a part of
+  them). With negatives these are the negatives' gradients; rows of the table are made of them and of the
+  rows' own targets by `_collect`, which sums what belongs to one item in the order of a stable sort.
 
-The smoothing's share is the same for every item and enters at the end, as a product with a sum of all items or of
-all rows. The target's share does not: p - 1 is taken before it is rounded to the operands' dtype, as it cancels.
+The smoothing's share is the same for every item and enters at the end, as a product with a sum of all items
+or of all rows. The target's share does not: p - 1 is taken before it is rounded to the operands' dtype, as it
+cancels.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from . import streaming as st
 from .catalog_cross_entropy import (
     Rows,
     launch_for,
+    losses,
     not_hits,
     own_scores,
     row_sums,
@@ -46,18 +48,22 @@ BLOCKS, FEWEST_ROWS = 512, 512
 
 @triton.jit
 def _add_grad_user(state, context, s, unit, k, event, shown, MASKED: tl.constexpr):
-    ids, target, lse, share = context[0], context[1], context[2], context[3]
-    HAS_BIAS: tl.constexpr = context[4]
-    SAMPLED: tl.constexpr = context[5]
-    GAIN: tl.constexpr = context[6]
-    PRECISION: tl.constexpr = context[7]
+    ids, target, lse, rest, share = context[0], context[1], context[2], context[3], context[4]
+    HAS_BIAS: tl.constexpr = context[5]
+    SAMPLED: tl.constexpr = context[6]
+    HAS_REST: tl.constexpr = context[7]
+    GAIN: tl.constexpr = context[8]
+    PRECISION: tl.constexpr = context[9]
     if SAMPLED:
         s = not_hits(s, ids, target, event, shown)
     if not HAS_BIAS:
         # Rounded as in the forward, where it is the lse of a row whose target takes all: no product may be
         # fused with what follows.
         s = tl.fma(s, tl.zeros_like(s) + unit, tl.zeros_like(s))
-    d = _weights(s - lse[:, None], GAIN)
+    x = s - lse[:, None]
+    if HAS_REST:
+        x -= rest[:, None]
+    d = _weights(x, GAIN)
     if not SAMPLED:
         n = event + tl.arange(0, s.shape[1])
         d = tl.where(n[None, :] == target[:, None], d - share, d)
@@ -81,6 +87,7 @@ def _grad_users(
     bias,
     target,
     lse,
+    rest,
     partial,
     factor,
     share,
@@ -95,21 +102,25 @@ def _grad_users(
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAMPLED: tl.constexpr,
+    HAS_REST: tl.constexpr,
     GAIN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What a split of the items gives to a tile of rows, times 2^GAIN · temperature / grad: `[splits, T, D]`."""
+    """What a split of the items gives to a tile of rows, times 2^GAIN · temperature / grad, `[splits, T, D]`."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < row_count
     own = tl.load(target + row, mask=valid, other=-1)
     of_row = tl.load(lse + row, mask=valid, other=float("inf"))
+    rest_of_row = tl.zeros((BLOCK_M,), tl.float32)
+    if HAS_REST:
+        rest_of_row = tl.load(rest + row, mask=valid, other=0.0)
     q = st.load_rows(users, row, row * 0, users_stride, 0, valid, D, BLOCK_D)
     first = tl.program_id(1) * split
     last = tl.minimum(first + split, item_count)
     (total,) = st.stream(
         _add_grad_user, (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),),
-        (ids, own, of_row, share, HAS_BIAS, SAMPLED, GAIN, PRECISION), q, items, items_stride, bias, 1, factor,
-        first, last, last, own, D, BLOCK_D, BLOCK_N, HAS_BIAS, False, PRECISION, 1.0,
+        (ids, own, of_row, rest_of_row, share, HAS_BIAS, SAMPLED, HAS_REST, GAIN, PRECISION),
+        q, items, items_stride, bias, 1, factor, first, last, last, own, D, BLOCK_D, BLOCK_N, HAS_BIAS, False, PRECISION, 1.0,
         (users + row.to(tl.int64) * users_stride, valid),
     )  # fmt: skip
     partial += tl.program_id(1).to(tl.int64) * row_count * D
@@ -166,25 +177,23 @@ def _finish_users(
 def _add_grad_item(state, context, s, unit, k, event, shown, MASKED: tl.constexpr):
     """Scores `s [items, rows]`, `k [rows, D]`."""
     total, of_bias = state
-    item, added, target, lse, grad, share = (
-        context[0],
-        context[1],
-        context[2],
-        context[3],
-        context[4],
-        context[5],
-    )
-    NEEDS_TABLE: tl.constexpr = context[6]
-    NEEDS_BIAS: tl.constexpr = context[7]
-    SAMPLED: tl.constexpr = context[8]
-    GAIN: tl.constexpr = context[9]
-    PRECISION: tl.constexpr = context[10]
+    item, added, target, lse = context[0], context[1], context[2], context[3]
+    rest, grad, share = context[4], context[5], context[6]
+    NEEDS_TABLE: tl.constexpr = context[7]
+    NEEDS_BIAS: tl.constexpr = context[8]
+    SAMPLED: tl.constexpr = context[9]
+    HAS_REST: tl.constexpr = context[10]
+    GAIN: tl.constexpr = context[11]
+    PRECISION: tl.constexpr = context[12]
     n = event + tl.arange(0, s.shape[1])
     hit = item[:, None] == tl.load(target + n, mask=shown, other=-1)[None, :]
     s = tl.fma(s, tl.zeros_like(s) + unit, tl.broadcast_to(added[:, None], s.shape))
     if SAMPLED:
         s = tl.where(hit, -float("inf"), s)
-    d = _weights(s - tl.load(lse + n, mask=shown, other=float("inf"))[None, :], GAIN)
+    x = s - tl.load(lse + n, mask=shown, other=float("inf"))[None, :]
+    if HAS_REST:
+        x -= tl.load(rest + n, mask=shown, other=0.0)[None, :]
+    d = _weights(x, GAIN)
     if not SAMPLED:
         d = tl.where(hit, d - share, d)
     d *= tl.load(grad + n, mask=shown, other=0.0)[None, :]
@@ -203,6 +212,7 @@ def _grad_items(
     bias,
     target,
     lse,
+    rest,
     grad,
     scale,
     users_sum,
@@ -226,6 +236,7 @@ def _grad_items(
     HAS_BIAS: tl.constexpr,
     SAMPLED: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    HAS_REST: tl.constexpr,
     GAIN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -246,7 +257,8 @@ def _grad_items(
     last = tl.minimum(first + split, row_count)
     total, of_bias = st.stream(
         _add_grad_item, (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32)),
-        (number, added, target, lse, grad, share, NEEDS_TABLE, NEEDS_BIAS, SAMPLED, GAIN, PRECISION),
+        (number, added, target, lse, rest, grad, share,
+         NEEDS_TABLE, NEEDS_BIAS, SAMPLED, HAS_REST, GAIN, PRECISION),
         q, users, users_stride, users, 0, factor, first, last, last, item,
         D, BLOCK_D, BLOCK_N, False, False, PRECISION, 1.0,
         (items + item.to(tl.int64) * items_stride, shown),
@@ -279,6 +291,7 @@ def _own_changes(
     target,
     target_bias,
     lse,
+    rest,
     grad,
     change,
     factor,
@@ -290,6 +303,7 @@ def _own_changes(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """The gradients of the logits that rows have for their own targets, grad · (p - 1)."""
@@ -304,7 +318,10 @@ def _own_changes(
     )  # fmt: skip
     if not HAS_BIAS:
         own = tl.fma(own, tl.zeros_like(own) + factor, tl.zeros_like(own))
-    p = tl.exp2((own - of_row) * st.LOG2E)
+    x = own - of_row
+    if HAS_REST:
+        x -= tl.load(rest + row, mask=kept, other=0.0)
+    p = tl.exp2(x * st.LOG2E)
     d = tl.where(kept, tl.load(grad + row, mask=kept, other=0.0) * (p - 1.0), 0.0)
     tl.store(change + row, d, mask=row < row_count)
 
@@ -385,8 +402,9 @@ def catalog_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(grad_users, grad_table, grad_bias)`; of shape [0] what is not needed or, without a bias, not there.
 
-    `lse` is the forward's. 8 operations for each row, item and dimension. Memory beside the results: a copy of
-    the users, fp32 partial sums of GROUP rows for each split, and with negatives their rows and gradients.
+    `lse` is the forward's. 8 operations for each row, item and dimension (exact fp32: 10). Memory beside the
+    results: a copy of the users, fp32 partial sums of GROUP rows for each split, and with negatives their rows
+    and gradients.
     """
     items = table.shape[0]
     grad_users = users.new_empty(users.shape if needs_users else 0)
@@ -398,14 +416,15 @@ def catalog_cross_entropy_backward(
     rows = replace(rows, users=rows.users.masked_fill(rows.ignored[:, None], 0.0))
     lse = lse.masked_fill(rows.ignored, torch.inf).contiguous()
     grad = grad_loss.float().masked_fill(rows.ignored, 0.0).contiguous()
-    change = None if rows.ids is None else _changes(rows, lse, grad)
+    rest = _rest(rows, lse)
+    change = None if rows.ids is None else _changes(rows, lse, rest, grad)
     if needs_users:
-        _fill_users(grad_users, rows, lse, grad, change, label_smoothing)
+        _fill_users(grad_users, rows, lse, rest, grad, change, label_smoothing)
     needs = needs_table, bias is not None
     if not any(needs):
         return grad_users, users.new_empty(0), users.new_empty(0)
     dtypes = users.dtype, users.dtype if bias is None else bias.dtype
-    of_items, of_bias = _item_gradients(rows, lse, grad, label_smoothing, needs)
+    of_items, of_bias = _item_gradients(rows, lse, rest, grad, label_smoothing, needs)
     if change is not None:
         keys = torch.cat([_keys(ids, items) for ids in (negatives, target)])
         of_items, of_bias = _collected(of_items, of_bias, rows, change, keys, dtypes, needs)
@@ -417,7 +436,13 @@ def catalog_cross_entropy_backward(
 
 
 def _fill_users(
-    out: Tensor, rows: Rows, lse: Tensor, grad: Tensor, change: Tensor | None, smoothing: float
+    out: Tensor,
+    rows: Rows,
+    lse: Tensor,
+    rest: Tensor | None,
+    grad: Tensor,
+    change: Tensor | None,
+    smoothing: float,
 ) -> None:
     launch, constants = launch_for("catalog_cross_entropy_backward_users", rows)
     sampled, items, gain = rows.ids is not None, rows.items.shape[0], _gain(rows)
@@ -430,9 +455,11 @@ def _fill_users(
         partial = torch.empty(rows.splits, count, dim, dtype=torch.float32, device=out.device)
         if rows.splits:
             _grad_users[(triton.cdiv(count, launch.block_m), rows.splits)](
-                users, rows.items, rows.ids, rows.bias, target, lse[part], partial, rows.factor,
+                users, rows.items, rows.ids, rows.bias, target, lse[part],
+                None if rest is None else rest[part], partial, rows.factor,
                 (1.0 - smoothing) * 2.0**gain, count, items, rows.split(launch.block_n), users.stride(0),
-                rows.items.stride(0), HAS_BIAS=rows.bias is not None, SAMPLED=sampled, GAIN=gain, **constants,
+                rows.items.stride(0), HAS_BIAS=rows.bias is not None, SAMPLED=sampled,
+                HAS_REST=rest is not None, GAIN=gain, **constants,
             )  # fmt: skip
         _finish_users[(triton.cdiv(count, 2048 // block_d),)](
             rows.table, target, lse[part], grad[part], change[part] if sampled else None, partial, table_sum,
@@ -443,9 +470,14 @@ def _fill_users(
 
 
 def _item_gradients(
-    rows: Rows, lse: Tensor, grad: Tensor, smoothing: float, needs: tuple[bool, bool]
+    rows: Rows,
+    lse: Tensor,
+    rest: Tensor | None,
+    grad: Tensor,
+    smoothing: float,
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    """`(of the items [n, D], of their biases [n])`: fp32, or the users' dtype where one block has all rows."""
+    """`(of the items [n, D], of their biases [n])`: fp32; the first in the users' dtype if it is the table's."""
     launch, constants = launch_for("catalog_cross_entropy_backward_table", rows)
     count, items, dim = rows.users.shape[0], rows.items.shape[0], constants["D"]
     sampled, even, gain = rows.ids is not None, smoothing / max(1, items), _gain(rows)
@@ -469,10 +501,11 @@ def _item_gradients(
     sums = (row_sums(rows.users, grad), grad.sum()) if smoothing > 0.0 else (None, None)
     if tiles:
         _grad_items[(tiles, parts)](
-            rows.users, rows.items, rows.ids, rows.bias, rows.target, lse, grad, scale, *sums, of_items,
+            rows.users, rows.items, rows.ids, rows.bias, rows.target, lse, rest, grad, scale, *sums, of_items,
             of_bias, rows.factor, (1.0 - smoothing) * 2.0**gain, even, count, items, split,
             rows.users.stride(0), rows.items.stride(0), NEEDS_TABLE=needs[0], NEEDS_BIAS=needs[1],
-            HAS_BIAS=rows.bias is not None, SAMPLED=sampled, SMOOTHING=smoothing > 0.0, GAIN=gain, **constants,
+            HAS_BIAS=rows.bias is not None, SAMPLED=sampled, SMOOTHING=smoothing > 0.0,
+            HAS_REST=rest is not None, GAIN=gain, **constants,
         )  # fmt: skip
     return tuple(x[0] if parts == 1 else x.sum(0) for x in (of_items, of_bias))
 
@@ -483,13 +516,23 @@ def _gain(rows: Rows) -> float:
     return 14.0 if rows.users.dtype == torch.float16 else 0.0
 
 
-def _changes(rows: Rows, lse: Tensor, grad: Tensor) -> Tensor:
+def _rest(rows: Rows, lse: Tensor) -> Tensor | None:
+    """What rounding has taken from lse, `[T]`, where products are exact: in fp32 it would be the gradients'
+    largest error (1e-6 of a weight at lse = 20), and is worth the forward's operations once more."""
+    if rows.users.dtype != torch.float32 or st.precision(torch.float32) != "ieee":
+        return None
+    _, again, rest = losses(rows, 0.0, with_rest=True)
+    return torch.where(rows.ignored, 0.0, again - lse + rest)
+
+
+def _changes(rows: Rows, lse: Tensor, rest: Tensor | None, grad: Tensor) -> Tensor:
     """[T]: see `_own_changes`. Its product is launched as the forward's, to the same bits."""
     launch, constants = launch_for("catalog_cross_entropy", rows)
     change = torch.empty_like(grad)
     _own_changes[(triton.cdiv(grad.shape[0], launch.block_m),)](
-        rows.users, rows.table, rows.target, rows.target_bias, lse, grad, change, rows.factor, grad.shape[0],
-        rows.users.stride(0), rows.table.stride(0), HAS_BIAS=rows.bias is not None, **constants,
+        rows.users, rows.table, rows.target, rows.target_bias, lse, rest, grad, change, rows.factor,
+        grad.shape[0], rows.users.stride(0), rows.table.stride(0), HAS_BIAS=rows.bias is not None,
+        HAS_REST=rest is not None, **constants,
     )  # fmt: skip
     return change
 

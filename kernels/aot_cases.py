@@ -112,8 +112,8 @@ def whole(op: OpCases) -> list[Case]:
     cases = []
     for outer in op.outer():
         chosen = [plain, full, *covering(options, lambda c, outer=outer: op.legal(outer | c))]
-        cases += [case for c in chosen if op.legal(case := outer | c) and case not in cases]
-    return cases
+        cases += [case for c in chosen if op.legal(case := outer | c)]
+    return [case for n, case in enumerate(cases) if case not in cases[:n]]
 
 
 # --- the ops ------------------------------------------------------------------------------------------------

@@ -26,29 +26,6 @@ from .launch import native_head_dim, parameters
 
 
 @triton.jit
-def _exact_products(a_at, a_valid, b_at, b_valid, D: tl.constexpr):
-    """`a @ b.T` in fp32 of whole rows, by pointers to them, 16 numbers of the head dim at a time."""
-    d = tl.arange(0, 16)
-    s = tl.zeros((a_at.shape[0], b_at.shape[0]), tl.float32)
-    for begin in tl.range(0, D, 16, num_stages=1):
-        inside = begin + d < D
-        a = tl.load(a_at[:, None] + (begin + d)[None, :], mask=a_valid[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_at[:, None] + (begin + d)[None, :], mask=b_valid[:, None] & inside[None, :], other=0.0)
-        s = tl.dot(a, tl.trans(b), s, input_precision="ieee")
-    return s
-
-
-@triton.jit
-def _products(a, a_at, a_valid, b, b_at, b_valid, D: tl.constexpr, PRECISION: tl.constexpr):
-    """`a @ b.T` of rows `a [M, D]` and `b [N, D]`, which are also given by pointers to them."""
-    if a.dtype != tl.float32 or PRECISION != "ieee" or st.INTERPRETED:
-        nothing = tl.zeros((a.shape[0], b.shape[0]), tl.float32)
-        return st.dot(a, tl.trans(b), nothing, PRECISION)
-    else:
-        return _exact_products(a_at, a_valid, b_at, b_valid, D)
-
-
-@triton.jit
 def _add_grad_query(state, context, s, unit, k, event, shown, MASKED: tl.constexpr):
     """The readout of the rows' pass: adds dS·K. `state` is `(grad, shift, total)`.
 
@@ -68,7 +45,7 @@ def _add_grad_query(state, context, s, unit, k, event, shown, MASKED: tl.constex
     if k.dtype == tl.float32:
         total += tl.sum(p, 1)
     v_at = value + (event + tl.arange(0, N)).to(tl.int64) * value_stride
-    dp = _products(d_out, d_out_at, sees_any, v, v_at, shown, D, PRECISION)
+    dp = st.products(d_out, d_out_at, sees_any, v, v_at, shown, D, PRECISION)
     sees = (event + tl.arange(0, N))[None, :] < seen[:, None]
     if CAREFUL and MASKED:
         dp = tl.where(sees, dp, 0.0)
@@ -181,7 +158,11 @@ def _rows(
     HAS_SELF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
+    """CAREFUL: a second run after the usual one, for tiles where it found a NaN or an infinity: that may have
+    come from an event which its row does not see, as 0 * NaN. In one kernel its registers would cost the
+    usual loop's resident blocks."""
     user, first, end = st.find_tile(tl.program_id(0), q_offsets, users, rows, BLOCK_M // PACK)
     if first >= end:
         return
@@ -190,6 +171,10 @@ def _rows(
     begin, _, length = st.history(kv_offsets, kv_lengths, user, events, HAS_LENGTHS)
     candidates, row_heads, valid = st.row_tile(first, end, head, PACK, BLOCK_M)
     seen, least, most = st.seen_events(visible, candidates, valid, length, HAS_VISIBLE)
+    if CAREFUL:
+        before = st.load_rows(grad_query, candidates, row_heads, heads * D, D, valid, D, BLOCK_D)
+        if not st.any_non_finite(before, valid):
+            return
 
     # A row that sees nothing has lse = -inf: nothing of it is computed with, and its gradients are zeros.
     lse2 = tl.load(lse + candidates * heads + row_heads, mask=valid, other=-float("inf")) * st.LOG2E
@@ -226,17 +211,8 @@ def _rows(
     grad, shift, total = _stream(
         start, self_weight, self_grad, q, q_at, d_out, d_out_at, sees, lse2, d_lse, key, key_row_stride,
         value, value_row_stride, key_bias, bias_row_stride, factor, least, most, seen,
-        D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, False, PRECISION,
+        D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, CAREFUL, PRECISION,
     )  # fmt: skip
-    if HAS_VISIBLE:
-        # A NaN may have come from an event that its row does not see.
-        if st.any_non_finite(grad, valid):
-            grad, shift, total = _stream(
-                start, self_weight, self_grad, q, q_at, d_out, d_out_at, sees, lse2, d_lse, key,
-                key_row_stride, value, value_row_stride, key_bias, bias_row_stride, factor, least, most, seen,
-                D, BLOCK_D, BLOCK_N, HAS_BIAS, HAS_VISIBLE, True, PRECISION,
-            )  # fmt: skip
-
     if HAS_SELF:
         k = st.load_rows(
             self_key, candidates, kv_head + candidates * 0, self_key_row_stride, self_key_head_stride, sees,
@@ -263,7 +239,7 @@ def _state_of(candidates, heads, kv_head, rows, GROUP: tl.constexpr):
     They are its lse in units of log2, infinite where it sees nothing; its shift; and a factor that makes its
     weights sum to 1, which is 1 but for fp32.
     """
-    return (kv_head * rows + candidates) * GROUP + heads % GROUP
+    return (kv_head * rows + candidates) * GROUP + (heads - kv_head * GROUP)
 
 
 @triton.jit
@@ -364,6 +340,26 @@ def _rows_that_see(visible, begin, end, event):
 
 
 @triton.jit
+def _row_offsets(row_stride, head_stride, PACK: tl.constexpr, M: tl.constexpr):
+    """Where the rows of a tile lie, from its first one: `[M]`."""
+    r = tl.arange(0, M)
+    offsets = r // PACK * row_stride
+    if PACK > 1:
+        offsets += (r % PACK).to(tl.int64) * head_stride
+    return offsets
+
+
+@triton.jit
+def _load_tile(at, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[M, BLOCK_D]` from pointers `[M]` to rows; zeros where not valid and beyond D."""
+    d = tl.arange(0, BLOCK_D)
+    mask = valid[:, None]
+    if D < BLOCK_D:
+        mask = mask & (d < D)[None, :]
+    return tl.load(at[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _grad_events(
     k,
     k_at,
@@ -411,6 +407,11 @@ def _grad_events(
     exists = n < length
     grad_k = tl.zeros((N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((N, BLOCK_D), tl.float32)
+    r = tl.arange(0, BLOCK_M)
+    q_offsets = _row_offsets(query_row_stride, query_head_stride, PACK, BLOCK_M)
+    d_out_offsets = _row_offsets(grad_out_row_stride, grad_out_head_stride, PACK, BLOCK_M)
+    states = tl.cast(rows, tl.int64) * heads
+    count = (end - first).to(tl.int32)
     shown_to_any = exists
     if HAS_BIAS:
         shown_to_any = n < 0
@@ -423,34 +424,33 @@ def _grad_events(
             shown = bias != -float("inf")
             shown_to_any = shown_to_any | shown
             grad_bias = tl.zeros((N,), tl.float32)
-        for start in range(first, last, BLOCK_M // PACK):
-            candidates, row_heads, valid = st.row_tile(start, end, head, PACK, BLOCK_M)
-            at = row_states + _state_of(candidates, row_heads, kv_head, rows, GROUP)
-            states = tl.cast(rows, tl.int64) * heads
-            lse = tl.load(at, mask=valid, other=float("inf"))
+        at_query = query + first * query_row_stride + head * query_head_stride
+        at_grad_out = grad_out + first * grad_out_row_stride + head * grad_out_head_stride
+        at_states = row_states + (kv_head * rows + first) * GROUP + i
+        for start in range(0, (last - first).to(tl.int32), BLOCK_M // PACK):
+            valid = r // PACK < count - start
+            if BLOCK_M % PACK:
+                valid = valid & (r < BLOCK_M // PACK * PACK)
+            # Rows that do not exist have zeros everywhere, which add nothing.
+            at = at_states + start * GROUP + (r // PACK * GROUP + r % PACK)
+            lse = tl.load(at, mask=valid, other=0.0)
             shift = tl.load(at + states, mask=valid, other=0.0)
-            q = st.load_rows(
-                query, candidates, row_heads, query_row_stride, query_head_stride, valid, D, BLOCK_D
-            )
-            d_out = st.load_rows(
-                grad_out, candidates, row_heads, grad_out_row_stride, grad_out_head_stride, valid, D, BLOCK_D
-            )
+            q_at = at_query + tl.cast(start, tl.int64) * query_row_stride + q_offsets
+            q = _load_tile(q_at, valid, D, BLOCK_D)
+            d_out_at = at_grad_out + tl.cast(start, tl.int64) * grad_out_row_stride + d_out_offsets
+            d_out = _load_tile(d_out_at, valid, D, BLOCK_D)
             # Events along the rows of the tile: so P and dS are operands where they are.
-            q_at = query + candidates * query_row_stride + row_heads.to(tl.int64) * query_head_stride
-            s = _products(k, k_at, exists, q, q_at, valid, D, PRECISION) * factor
+            s = st.products(k, k_at, exists, q, q_at, valid, D, PRECISION) * factor
             if HAS_BIAS:
                 s += bias[:, None]
             p = tl.exp2(s - lse[None, :])
             if k.dtype == tl.float32:
                 norm = tl.load(at + 2 * states, mask=valid, other=0.0)
                 p *= norm[None, :]
-            d_out_at = (
-                grad_out + candidates * grad_out_row_stride + row_heads.to(tl.int64) * grad_out_head_stride
-            )
-            dp = _products(v, v_at, exists, d_out, d_out_at, valid, D, PRECISION)
+            dp = st.products(v, v_at, exists, d_out, d_out_at, valid, D, PRECISION)
             ds = p * (dp - shift[None, :])
             if HAS_VISIBLE:
-                seen, _, _ = st.seen_events(visible, candidates, valid, length, True)
+                seen = tl.load(visible + first + start + r // PACK, mask=valid, other=0)
                 sees = n[:, None] < seen[None, :]
                 if CAREFUL:
                     sees = sees & shown[:, None] & (lse != float("inf"))[None, :]
@@ -514,7 +514,9 @@ def _events(
     HAS_VISIBLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
+    """CAREFUL: as in `_rows`; here the NaN may have come from a row that does not see its event."""
     user, tile, room_end = st.find_tile(tl.program_id(0), kv_offsets, users, events, BLOCK_N)
     if tile >= room_end:
         return
@@ -524,6 +526,12 @@ def _events(
     n = tile + tl.arange(0, BLOCK_N)
     kv_heads = kv_head + n * 0
     exists = n < begin + length
+    kv_heads_total = heads // GROUP
+    if CAREFUL:
+        k = st.load_rows(grad_key, n, kv_heads, kv_heads_total * D, D, exists, D, BLOCK_D)
+        v = st.load_rows(grad_value, n, kv_heads, kv_heads_total * D, D, exists, D, BLOCK_D)
+        if not (st.any_non_finite(k, exists) or st.any_non_finite(v, exists)):
+            return
     k = st.load_rows(key, n, kv_heads, key_row_stride, key_head_stride, exists, D, BLOCK_D)
     v = st.load_rows(value, n, kv_heads, value_row_stride, value_head_stride, exists, D, BLOCK_D)
     k_at = key + n * key_row_stride + kv_head * key_head_stride
@@ -540,21 +548,10 @@ def _events(
         query, grad_out, row_states, visible, key_bias, factor, rows, heads,
         grad_out_row_stride, grad_out_head_stride, query_row_stride, query_head_stride,
         bias_row_stride, bias_head_stride,
-        D, BLOCK_D, BLOCK_M, GROUP, PACK, HAS_VISIBLE, HAS_BIAS, False, PRECISION,
+        D, BLOCK_D, BLOCK_M, GROUP, PACK, HAS_VISIBLE, HAS_BIAS, CAREFUL, PRECISION,
     )  # fmt: skip
-    if HAS_VISIBLE or HAS_BIAS:
-        # A NaN may have come from a row that does not see its event.
-        if st.any_non_finite(grad_k, shown) or st.any_non_finite(grad_v, shown):
-            grad_k, grad_v, shown = _grad_events(
-                k, k_at, v, v_at, grad_key_bias, begin, event, length, room, kv_head, first, last, end,
-                query, grad_out, row_states, visible, key_bias, factor, rows, heads,
-                grad_out_row_stride, grad_out_head_stride, query_row_stride, query_head_stride,
-                bias_row_stride, bias_head_stride,
-                D, BLOCK_D, BLOCK_M, GROUP, PACK, HAS_VISIBLE, HAS_BIAS, True, PRECISION,
-            )  # fmt: skip
     grad_k = tl.where(shown[:, None], grad_k * scale, 0.0)
     grad_v = tl.where(shown[:, None], grad_v, 0.0)
-    kv_heads_total = heads // GROUP
     stored = n < room_end
     st.store_rows(grad_key, n, kv_heads, kv_heads_total * D, D, stored, grad_k, D, BLOCK_D)
     st.store_rows(grad_value, n, kv_heads, kv_heads_total * D, D, stored, grad_v, D, BLOCK_D)
@@ -625,7 +622,8 @@ def target_attention_backward(
         ("self_key", self_key), ("self_value", self_value), ("bias", key_bias),
     )}  # fmt: skip
     factor = scale * st.LOG2E.value
-    if rows:
+
+    def run_rows(careful: bool) -> None:
         packed = pack(of_rows.block_m)
         grid = (triton.cdiv(rows, of_rows.block_m // packed) + users, heads // packed)
         _rows[grid](
@@ -635,9 +633,24 @@ def target_attention_backward(
             *strides["grad_out"], *strides["grad_lse"], *strides["query"], *strides["key"], *strides["value"],
             *strides["self_key"], *strides["self_value"], *strides["bias"],
             **common, PACK=packed, BLOCK_M=of_rows.block_m, BLOCK_N=of_rows.block_n,
-            HAS_GRAD_LSE=grad_lse is not None, HAS_SELF=self_key is not None,
-            num_warps=of_rows.num_warps, num_stages=of_rows.num_stages,
+            HAS_GRAD_LSE=grad_lse is not None, HAS_SELF=self_key is not None, CAREFUL=careful,
+            num_warps=of_rows.num_warps, num_stages=1 if careful else of_rows.num_stages,
         )  # fmt: skip
+
+    def run_events(careful: bool) -> None:
+        packed = pack(of_events.block_m)
+        _events[triton.cdiv(events, of_events.block_n) + users, kv_heads](
+            grad_key, grad_value, grad_key_bias, row_states, grad_out, query, key, value,
+            q_offsets, kv_offsets, kv_lengths, visible, key_bias, scale, factor, users, rows, events, heads,
+            *strides["grad_out"], *strides["query"], *strides["key"], *strides["value"], *strides["bias"],
+            **common, PACK=packed, BLOCK_M=of_events.block_m, BLOCK_N=of_events.block_n, CAREFUL=careful,
+            num_warps=of_events.num_warps, num_stages=1 if careful else of_events.num_stages,
+        )  # fmt: skip
+
+    if rows:
+        run_rows(careful=False)
+        if visible is not None:
+            run_rows(careful=True)
     if rows and self_key is not None:
         block_m = max(4096 // block_d, 16)
         _self_slots[triton.cdiv(rows, block_m), kv_heads](
@@ -647,12 +660,7 @@ def target_attention_backward(
             D=dim, BLOCK_D=block_d, GROUP=group, BLOCK_M=block_m,
         )  # fmt: skip
     if events:
-        packed = pack(of_events.block_m)
-        _events[triton.cdiv(events, of_events.block_n) + users, kv_heads](
-            grad_key, grad_value, grad_key_bias, row_states, grad_out, query, key, value,
-            q_offsets, kv_offsets, kv_lengths, visible, key_bias, scale, factor, users, rows, events, heads,
-            *strides["grad_out"], *strides["query"], *strides["key"], *strides["value"], *strides["bias"],
-            **common, PACK=packed, BLOCK_M=of_events.block_m, BLOCK_N=of_events.block_n,
-            num_warps=of_events.num_warps, num_stages=of_events.num_stages,
-        )  # fmt: skip
+        run_events(careful=False)
+        if rows and (visible is not None or key_bias is not None):
+            run_events(careful=True)
     return grads

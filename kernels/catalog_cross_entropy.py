@@ -266,7 +266,6 @@ def _losses(
     bias_sum,
     loss,
     lse,
-    rest,
     factor,
     smoothing,
     row_count,
@@ -281,10 +280,9 @@ def _losses(
     HAS_BIAS: tl.constexpr,
     SAMPLED: tl.constexpr,
     SMOOTHING: tl.constexpr,
-    WITH_REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A row's splits merged in their order, and its loss. `rest`: what rounding has taken from lse."""
+    """A row's splits merged in their order, and its loss."""
     first = tl.program_id(0) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     kept = tl.load(ignored + row, mask=row < row_count, other=1) == 0
@@ -321,34 +319,10 @@ def _losses(
             mean += tl.load(bias_sum)
         of_row += smoothing * (own * unit - mean / table_count)
     tl.store(loss + row, tl.where(kept, of_row, 0.0), mask=row < row_count)
+    # Rounded before the sum, as the backward's scores are: where l is 1, it finds weights of exactly 1.
     highest = tl.fma(m, tl.zeros_like(m) + unit, tl.zeros_like(m))
     of_row = tl.where(kept & (l != 0.0), highest + log_l, -float("inf"))
     tl.store(lse + row, of_row, mask=row < row_count)
-    if WITH_REST:
-        tl.store(rest + row, tl.where(kept, (highest - of_row) + log_l, 0.0), mask=row < row_count)
-
-
-def losses(rows: Rows, smoothing: float, *, with_rest: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(loss, lse, rest)`, `[T]` each; lse + rest is the log-sum-exp to twice the precision."""
-    launch, constants = launch_for("catalog_cross_entropy", rows)
-    constants |= {"HAS_BIAS": rows.bias is not None, "SAMPLED": rows.ids is not None}
-    count = rows.users.shape[0]
-    tiles = triton.cdiv(count, launch.block_m)
-    loss, lse, rest = torch.empty(3, count, dtype=torch.float32, device=rows.users.device)
-    maxima, sums = torch.empty(2, rows.splits, count, dtype=torch.float32, device=rows.users.device)
-    if rows.splits:
-        _log_sums[(tiles, rows.splits)](
-            rows.users, rows.items, rows.ids, rows.bias, rows.target, rows.ignored, maxima, sums, rows.factor,
-            count, rows.items.shape[0], rows.split(launch.block_n), rows.users.stride(0),
-            rows.items.stride(0), **constants,
-        )  # fmt: skip
-    table_sum, bias_sum = sums_of_items(rows) if smoothing > 0.0 else (None, None)
-    _losses[(tiles,)](
-        rows.users, rows.table, rows.target, rows.target_bias, rows.ignored, maxima, sums, table_sum,
-        bias_sum, loss, lse, rest, rows.factor, smoothing, count, rows.table.shape[0], rows.splits,
-        rows.users.stride(0), rows.table.stride(0), SMOOTHING=smoothing > 0.0, WITH_REST=with_rest, **constants,
-    )  # fmt: skip
-    return loss, lse, rest if with_rest else None
 
 
 def catalog_cross_entropy(
@@ -373,4 +347,22 @@ def catalog_cross_entropy(
         loss = torch.zeros(users.shape[0], dtype=torch.float32, device=users.device)
         return loss, torch.full_like(loss, -torch.inf)
     rows = rows_of_call(users, table, target, temperature, bias, logq, ignore_index, negatives, in_batch)
-    return losses(rows, label_smoothing)[:2]
+    launch, constants = launch_for("catalog_cross_entropy", rows)
+    constants |= {"HAS_BIAS": rows.bias is not None, "SAMPLED": rows.ids is not None}
+    count = users.shape[0]
+    tiles = triton.cdiv(count, launch.block_m)
+    loss, lse = (torch.empty(count, dtype=torch.float32, device=users.device) for _ in range(2))
+    maxima, sums = torch.empty(2, rows.splits, count, dtype=torch.float32, device=users.device)
+    if rows.splits:
+        _log_sums[(tiles, rows.splits)](
+            rows.users, rows.items, rows.ids, rows.bias, rows.target, rows.ignored, maxima, sums, rows.factor,
+            count, rows.items.shape[0], rows.split(launch.block_n), rows.users.stride(0),
+            rows.items.stride(0), **constants,
+        )  # fmt: skip
+    table_sum, bias_sum = sums_of_items(rows) if label_smoothing > 0.0 else (None, None)
+    _losses[(tiles,)](
+        rows.users, rows.table, rows.target, rows.target_bias, rows.ignored, maxima, sums, table_sum,
+        bias_sum, loss, lse, rows.factor, label_smoothing, count, rows.table.shape[0], rows.splits,
+        rows.users.stride(0), rows.table.stride(0), SMOOTHING=label_smoothing > 0.0, **constants,
+    )  # fmt: skip
+    return loss, lse

@@ -69,6 +69,24 @@ class Batch:
         ]
         return torch.cat(prefixes).to(self.device)
 
+    def by_user(self) -> Iterator[Batch]:
+        """Each user as a batch of its own."""
+        row = event = 0
+        for c, n in zip(self.candidates, self.events, strict=True):
+            rows, events = slice(row, row + c), slice(event, event + n)
+            yield replace(
+                self,
+                query=self.query[rows],
+                key=self.key[events],
+                value=self.value[events],
+                candidates=[c],
+                events=[n],
+                q_offsets=offsets([c]).to(self.device),
+                kv_offsets=offsets([n]).to(self.device),
+                grad_out=None if self.grad_out is None else self.grad_out[rows],
+            )
+            row, event = row + c, event + n
+
     def double(self) -> Batch:
         wide = {name: getattr(self, name).double() for name in ("query", "key", "value")}
         return replace(self, **wide, grad_out=None if self.grad_out is None else self.grad_out.double())

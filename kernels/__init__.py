@@ -18,8 +18,10 @@ import torch
 MODULES: dict[str, str] = {
     "catalog_cross_entropy": "catalog_cross_entropy",
     "catalog_cross_entropy_backward": "catalog_cross_entropy_backward",
+    "catalog_topk": "catalog_topk",
     "target_attention": "target_attention",
     "target_attention_weights": "target_attention_weights",
+    "target_attention_top": "target_attention_top",
     "target_attention_backward": "target_attention_backward",
     "softmax_score": "softmax_score",
     "softmax_score_backward": "softmax_score",

@@ -6,15 +6,20 @@ from itertools import chain, combinations
 
 import torch
 from helpers import OPTIONS, Jagged, make_jagged, make_offsets
+from runners import RUNNER
 from torch import Tensor
 
 import attnrec
 
 INF, NAN = float("inf"), float("nan")
 
-OPTION_SETS = list(chain.from_iterable(combinations(OPTIONS, n) for n in range(len(OPTIONS) + 1)))
+# Sets of an even size hold every combination of on and off of any three options.
+SIZES = (0, 2, 4) if RUNNER.thin else range(len(OPTIONS) + 1)
+OPTION_SETS = list(chain.from_iterable(combinations(OPTIONS, n) for n in SIZES))
 HEADS = [(1, 1), (4, 4), (4, 2), (6, 2), (8, 1)]
 DIMS = [1, 8, 12, 16, 24, 31, 32, 33, 48, 64, 80, 100, 128, 192, 255, 256]
+if RUNNER.thin:
+    DIMS = [1, 16, 31, 32, 48, 64, 80, 128, 255, 256]
 # (candidates, events) around the edges of vectors, blocks, tiles and the backward's pieces of a history.
 EDGES = [
     (1, 1),
@@ -32,6 +37,8 @@ EDGES = [
     (129, 1025),
     (3, 2300),
 ]
+if RUNNER.thin:
+    EDGES = [(1, 1), (5, 16), (7, 127), (9, 129), (64, 256), (65, 257), (129, 1025), (3, 2300)]
 
 
 def mixed(**changes) -> Jagged:

@@ -199,7 +199,7 @@ class TestPaddingMask:
         mask = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1], [0, int(hole), 0, 0]], dtype=torch.bool)
         lengths, bias = layout.lengths_of_mask(mask)
         assert lengths.tolist() == [3, 0, 4]
-        if not hole:
+        if not hole and RUNNER.device == "cpu":  # elsewhere it would have to be read
             assert bias is None
         else:
             assert torch.equal(bias == -torch.inf, mask)

@@ -28,14 +28,14 @@ from ptxemu.triton_front import emulated
 
 COLUMNS = {
     "instructions": "instructions a score",
-    "matrix": "mma a warp",
+    "matrix": "mma, by warp",
     "exponential": "ex2",
     "global_read": "global bytes read",
     "global_written": "written",
     "sectors": "sectors",
     "shared": "shared bytes",
     "conflicts": "bank conflicts",
-    "barriers": "barriers a warp",
+    "barriers": "barriers, by warp",
 }
 
 

@@ -59,7 +59,7 @@ class Observer:
 
 def run(arguments, observer, edit=None):
     """pytest's exit status, in this process; without output."""
-    session.observe, session.edit = observer.observe, edit
+    session.observe, session.edit, session.max_steps = observer.observe, edit, 1_000_000
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         status = pytest.main(
             [*arguments, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"], [observer]

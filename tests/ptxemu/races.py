@@ -25,8 +25,8 @@ class RaceCheck:
     party = "warp"
 
     def __init__(self, size):
-        self.writer = np.zeros(max(size, 16), np.uint8)
-        self.reader = np.zeros_like(self.writer)
+        # (np.zeros takes memory only where it is touched, np.zeros_like all of it)
+        self.writer, self.reader = (np.zeros(max(size, 16), np.uint8) for _ in range(2))
 
     def read(self, index, word, tag):
         own = self._own(index, word, tag)

@@ -20,6 +20,9 @@ MOST = int(os.environ.get("PTXEMU_RANDOM_INSTRUCTIONS", "20000"))
 # Off where input that breaks the rules makes blocks meet: then nothing is compared either.
 races = True
 
+# Instructions that a block may execute, against endless loops.
+max_steps = 30_000_000
+
 # For tests of the tests (mutate.py): `edit(name, ptx)` gives the PTX to run in place of what was compiled,
 # `observe(call, stats)` sees each launch.
 edit = None
@@ -30,7 +33,7 @@ _seeds = itertools.count()
 def execute(call):
     """Runs a launch in lockstep, then with its warps apart; Stats of the first."""
     before = call.memory.snapshot()
-    stats = call.run(memory_stats=False, races=races)
+    stats = call.run(memory_stats=False, races=races, max_steps=max_steps)
     if observe is not None:
         observe(call, stats)
     if not (MOST and races and call.blocks):
@@ -40,7 +43,7 @@ def execute(call):
     blocks = np.random.default_rng(seed).permutation(call.blocks)[: max(1, int(share * call.blocks))]
     results = call.memory.snapshot()
     call.memory.restore(before)
-    again = call.run(schedule="random", seed=seed, blocks=blocks, memory_stats=False)
+    again = call.run(schedule="random", seed=seed, blocks=blocks, memory_stats=False, max_steps=max_steps)
     for buffer, written in again.written.items():
         if buffer not in results:
             continue

@@ -321,7 +321,7 @@ def _chunks_apart(blocks: int, events: int) -> int:
     The result is the same to the bit. No history is longer than all `events`, which is known without a look
     at the device.
     """
-    chunks = triton.cdiv(events, CHUNK.value)
+    chunks = -(-events // CHUNK.value)
     return chunks if chunks > 1 and 2 * blocks <= PROCESSORS and blocks * chunks <= MOST_PARTS else 1
 
 
@@ -362,7 +362,7 @@ def target_attention(
     )
     # With a bias a tile has one head, so that the bias is a vector.
     pack = group if key_bias is None and group <= p.block_m else 1
-    tiles, head_tiles = triton.cdiv(rows, p.block_m // pack) + users, heads // pack
+    tiles, head_tiles = -(-rows // (p.block_m // pack)) + users, heads // pack
     apart = _chunks_apart(tiles * head_tiles, events)
     block_d = native_head_dim(dim)
     parts = None

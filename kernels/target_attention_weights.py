@@ -151,7 +151,7 @@ def target_attention_weights(
     )
     group = heads // kv_heads
     pack = group if key_bias is None and group <= p.block_m else 1
-    _weights[triton.cdiv(rows, p.block_m // pack) + users, heads // pack](
+    _weights[-(-rows // (p.block_m // pack)) + users, heads // pack](
         query, key, q_offsets, kv_offsets, pair_offsets, kv_lengths, visible, self_key, key_bias, weights,
         factor, users, rows, events, pairs, heads, *query.stride()[:2], *key.stride()[:2],
         *((0, 0) if self_key is None else self_key.stride()[:2]),

@@ -181,6 +181,15 @@ def test_without_negatives_the_target_is_certain():
     assert torch.equal(only_hits, torch.zeros(1))
 
 
+@pytest.mark.parametrize("names", [("negatives",), ("in_batch",)], ids=str)
+def test_one_item_that_many_rows_and_negatives_name(names):
+    """Its gradient is the sum over more of them than a kernel takes at a time."""
+    (users, table, target), options = make(300, 40, 16, options=("bias", *names))
+    target.remainder_(3)
+    options["negatives"] = target if "in_batch" in names else options["negatives"] % 3
+    check((users, table, target), options)
+
+
 def test_accidental_hits_are_masked_row_by_row():
     users, table = torch.randn(2, 8), torch.randn(5, 8)
     loss = public(users, table, torch.tensor([3, 1]), negatives=torch.tensor([3, 0, 3, 1]))

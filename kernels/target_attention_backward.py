@@ -398,7 +398,7 @@ def _grad_events(
     CAREFUL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`(dK / scale, dV, shown)` of the events `k`, `v` from the candidates `first ... last`; stores dbias.
+    """`(dK / scale, dV, shown)` of the events `k`, `v` from the candidates `first … last`; stores dbias.
 
     Events that are not `shown` to any head have no meaning in the gradients.
     """
@@ -431,9 +431,10 @@ def _grad_events(
             valid = r // PACK < count - start
             if BLOCK_M % PACK:
                 valid = valid & (r < BLOCK_M // PACK * PACK)
-            # Rows that do not exist have zeros everywhere, which add nothing.
+            # Rows that do not exist have zeros everywhere, which add nothing: P is 1, or 0 where it could be
+            # exp2 of a large bias. An infinity is not free: only a zero is what a masked copy leaves.
             at = at_states + start * GROUP + (r // PACK * GROUP + r % PACK)
-            lse = tl.load(at, mask=valid, other=0.0)
+            lse = tl.load(at, mask=valid, other=float("inf") if HAS_BIAS else 0.0)
             shift = tl.load(at + states, mask=valid, other=0.0)
             q_at = at_query + tl.cast(start, tl.int64) * query_row_stride + q_offsets
             q = _load_tile(q_at, valid, D, BLOCK_D)

@@ -4,9 +4,9 @@
     python -m benches.model --explain target_attention._forward            pipe by pipe
     python -m benches.model --choose target_attention [--arch 80 90]       launch parameters into the tables
 
-Everything is compiled ahead of time by `attnrec.kernels.aot`, peers by `benches/model_peers.py` under the same
-stand-in driver, and goes through `benches.sassmodel`. Figures are costs in SM cycles for 1,000 scores (a score
-is a row and an event), so smaller is better; they are modelled, not measured, and only compared.
+Everything is compiled ahead of time by `attnrec.kernels.aot`, peers under the same stand-in driver by
+`benches/model_peers.py`, and goes through `benches.sassmodel`. Figures are costs in SM cycles for 1,000
+scores (a score is a row and an event): the smaller the better. They are modelled and only compared.
 """
 
 from __future__ import annotations
@@ -23,23 +23,25 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from triton import CompilationError
-
 from attnrec.kernels import MODULES, aot, launch, tune
-from attnrec.kernels.aot_cases import OPS, Case
+from attnrec.kernels.aot_cases import DTYPES, OPS, Case
 from attnrec.kernels.launch import Launch, forced, table
 from attnrec.kernels.standin import Launched
-from benches.sassmodel import analyse, load, notes, report
-from benches.sassmodel.model import Analysis
+from triton import CompilationError
 
-# What a kernel's loop does: FLOP of a score and head dim in its matrix products, and which of the two sides a
-# block holds while it runs over the other.
+from benches import model_page, model_peers
+from benches.sassmodel import CHIPS, DEFAULT, Analysis, analyse, load, notes, report
+
+# FLOP of a score and head dim in the matrix products of a kernel's loop.
 FORWARD, SCORES, BACKWARD_ROWS, BACKWARD_EVENTS = 4, 2, 6, 8
 
 
 @dataclass(frozen=True)
 class Work:
-    table: str  # the name in the launch table
+    """What a kernel does: its name in the launch table, FLOP of a score and head dim, and which side a block
+    holds while it runs over the other."""
+
+    table: str
     flops: int
     stationary: str = "rows"
 
@@ -85,8 +87,20 @@ class Modelled:
     instructions: float  # issued for a score, all lanes together divided by 32 lanes
     share_of_ceiling: float
     ceiling: str
+    notes: list[str]
+    # Side that a block holds, how many of it, how many of the other an iteration takes, heads in a tile; SM
+    # cycles of a block outside its loop (the masked tile among them) and of an iteration.
+    block: tuple[str, int, float, int, float, float]
     costs: dict[str, float] = field(default_factory=dict)  # of SHAPES
-    notes: list[str] = field(default_factory=list)
+
+    def shape_cost(self, candidates: int, events: int) -> float:
+        """SM cycles for 1,000 scores of users with so many candidates and events; rows of a tile that have
+        no candidate cost as the others."""
+        stationary, held, width, pack, fixed, per_trip = self.block
+        rows = candidates * pack
+        mine, other = (rows, events) if stationary == "rows" else (events, rows)
+        trips = max(other / width - 1, 0)  # the masked tile is in `fixed`
+        return 1000 * math.ceil(mine / held) * (fixed + trips * per_trip) / (rows * events)
 
 
 def modelled(
@@ -104,15 +118,8 @@ def modelled(
     per_trip = a.cycles * warps / 4  # cycles of an SM for a block's iteration
     fixed = max(a.block_cycles(2) - 2 * per_trip, 0.0)
 
-    def cost(candidates: int, events: int) -> float:
-        rows = candidates * pack
-        mine, other = (rows, events) if work.stationary == "rows" else (events, rows)
-        # One iteration, of the masked tile, is in `fixed`.
-        trips = max(other / width - 1, 0) if other < 1 << 20 else other / width
-        return 1000 * math.ceil(mine / held) * (fixed + trips * per_trip) / (rows * events)
-
     low, high = a.order_range
-    return Modelled(
+    m = Modelled(
         kernel=kernel,
         arch=a.chip.sm,
         dtype=dtype,
@@ -129,9 +136,11 @@ def modelled(
         instructions=len(a.loop.path) * 32 / scores,
         share_of_ceiling=a.share_of_ceiling,
         ceiling=a.ceiling_pipe,
-        costs={name: cost(*shape) for name, shape in SHAPES.items()},
         notes=notes(a),
+        block=(work.stationary, held, width, pack, fixed, per_trip),
     )
+    m.costs = {name: m.shape_cost(*shape) for name, shape in SHAPES.items()}
+    return m
 
 
 def analysis_of(launched: Launched) -> Analysis:
@@ -226,14 +235,65 @@ def choose(name: str, archs: Iterable[int], head_dims: Iterable[int] | None) -> 
         tune.write(arch, kernels)
 
 
+# --- peers --------------------------------------------------------------------------------------------------
+
+
+def peers(task: tuple[int, str, int]) -> list[Modelled]:
+    """The kernels of every installed peer."""
+    arch, dtype, head_dim = task
+    found = []
+    for peer in model_peers.PEERS:
+        if not peer.installed():
+            continue
+        for launched in peer.launches(arch, DTYPES[dtype], head_dim):
+            name, flops, rows, events = peer.kernels[launched.name]
+            sizes, meta = constants(launched), launched.metadata
+            tile = Launch(sizes[rows], sizes[events], meta.num_warps, meta.num_stages)
+            work = Work(name, flops, peer.stationary.get(launched.name, "rows"))
+            m = modelled(analysis_of(launched), f"{peer.name}: {launched.name}", dtype, head_dim, work, tile)
+            found.append(m)
+    return found
+
+
+def ratios(mine: list[Modelled], theirs: list[Modelled]) -> list[tuple[Modelled, Modelled, dict[str, float]]]:
+    """Peers' cost over ours for the shapes that both serve: above 1 ours is the faster."""
+    table_of = {
+        f"{p.name}: {kernel}": work[0] for p in model_peers.PEERS for kernel, work in p.kernels.items()
+    }
+    found = []
+    for peer in theirs:
+        for m in mine:
+            same = (m.arch, m.dtype, m.head_dim) == (peer.arch, peer.dtype, peer.head_dim)
+            if same and WORK[m.kernel].table == table_of[peer.kernel]:
+                found.append((m, peer, {s: peer.costs[s] / m.costs[s] for s in SHAPES}))
+    return found
+
+
+# --- floors -------------------------------------------------------------------------------------------------
+
+
+def floors(m: Modelled, users: int, candidates: int, events: int, heads: int = 4) -> dict[str, float]:
+    """Microseconds of a forward call: by the model with a full chip, of its bytes, and of one launch."""
+    chip = CHIPS[DEFAULT[m.arch]]
+    fixed = m.shape_cost(candidates, events)
+    compute = users * heads * candidates * events * fixed / 1000 / chip.sms / chip.mhz
+    size = 4 if m.dtype in ("float32", "tf32") else 2
+    bytes_ = users * heads * m.head_dim * size * 2 * (candidates + events)
+    return {"compute": compute, "memory": 1e6 * bytes_ / BANDWIDTH[m.arch], "launch": LAUNCH_US}
+
+
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def collect(archs: list[int], ops: list[str], dtypes: list[str], head_dims: list[int], jobs: int):
-    todo = [(arch, op, dtype, dim) for arch in archs for op in ops for dtype in dtypes for dim in head_dims]
+def collect(
+    archs: list[int], ops: list[str], dtypes: list[str], head_dims: list[int], jobs: int
+) -> tuple[list[Modelled], list[Modelled]]:
+    """Ours and the peers'."""
+    mine = [(arch, op, dtype, dim) for arch in archs for op in ops for dtype in dtypes for dim in head_dims]
+    theirs = [(arch, dtype, dim) for arch in archs for dtype in dtypes for dim in head_dims]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for found in pool.map(ours, todo):
-            yield from found
+        peer_rows = pool.map(peers, theirs)
+        return [m for found in pool.map(ours, mine) for m in found], [m for f in peer_rows for m in f]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -241,32 +301,35 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benches.model", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=[80, 90, 100])
     parser.add_argument("--op", nargs="+", default=modelled_ops, choices=modelled_ops)
-    parser.add_argument("--head-dim", type=int, nargs="+")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=list(launch.NATIVE_HEAD_DIMS))
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "tf32"])
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--docs", type=Path, help="write them as a page there")
     parser.add_argument("--explain", metavar="KERNEL", help="report this kernel pipe by pipe")
-    parser.add_argument("--choose", metavar="NAME", help="decide this kernel's launch parameters")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--choose", metavar="NAME", help="decide this kernel's half-precision launch parameters"
+    )
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     arguments = parser.parse_args(argv)
     if arguments.choose:
         choose(arguments.choose, arguments.arch, arguments.head_dim)
         return 0
-    dims = arguments.head_dim or list(launch.NATIVE_HEAD_DIMS)
     if arguments.explain:
         for arch in arguments.arch:
             for op in arguments.op:
-                for launched in aot.launches(arch, op, plain_case(op, arguments.dtype[0], dims[0])):
+                case = plain_case(op, arguments.dtype[0], arguments.head_dim[0])
+                for launched in aot.launches(arch, op, case):
                     if arguments.explain in aot.kernel_name(launched):
                         print(report(analysis_of(launched)))
         return 0
-    rows = list(collect(arguments.arch, arguments.op, arguments.dtype, dims, arguments.jobs))
-    for r in rows:
-        costs = " ".join(f"{c:6.1f}" for c in r.costs.values())
-        print(
-            f"{r.kernel:36} sm_{r.arch} {r.dtype} D={r.head_dim:3} {r.launch!s:20} {r.registers:3} regs {r.blocks} blocks {r.pipe:6} {r.instructions:5.1f} instr/score {r.share_of_ceiling:4.0%} of {r.ceiling:6} | {costs}"
-        )
+    mine, theirs = collect(arguments.arch, arguments.op, arguments.dtype, arguments.head_dim, arguments.jobs)
+    page = model_page.page(mine, theirs, ratios(mine, theirs), SHAPES, floors)
+    print(page)
+    if arguments.docs:
+        arguments.docs.write_text(page + "\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+        rows = {"ours": [asdict(m) for m in mine], "peers": [asdict(m) for m in theirs]}
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -10,7 +10,6 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 import torch
@@ -21,8 +20,9 @@ ROWS, EVENTS, HEADS = 256, 256, 2
 
 @dataclass(frozen=True)
 class Peer:
-    """`run(arch, dtype, head_dim)` launches its kernels; `kernels` are those to look at, by function name: the
-    op that it is a peer of, FLOP of a score and head dim, names of the constants that hold its tile."""
+    """`run(arch, dtype, head_dim)` launches its kernels; `kernels` are those to look at, by function name:
+    the table entry that it is a peer of, FLOP of a score and head dim, names of the constants that hold its
+    tile. `stationary`: those whose blocks hold events."""
 
     name: str
     package: str
@@ -44,12 +44,11 @@ class Peer:
 @contextmanager
 def _a_gpu_of(arch: int) -> Iterator[None]:
     """torch answers as if there were one: the packages choose tiles by it."""
+    name = {80: "NVIDIA A100", 90: "NVIDIA H100"}.get(arch, "")
     with (
-        mock.patch.object(torch.cuda, "is_available", lambda: True),
-        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: divmod(arch, 10)),
-        mock.patch.object(
-            torch.cuda, "get_device_name", lambda *_: {80: "NVIDIA A100", 90: "NVIDIA H100"}.get(arch, "")
-        ),
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(arch, 10)),
+        mock.patch.object(torch.cuda, "get_device_name", return_value=name),
     ):
         yield
 
@@ -79,8 +78,3 @@ FLASH_LINEAR_ATTENTION = Peer(
     {"parallel_attn_bwd_kernel_dkv": "events"},
 )
 PEERS = (FLASH_LINEAR_ATTENTION,)
-
-
-def constants(launched: Launched) -> dict[str, Any]:
-    names = launched.source.fn.arg_names
-    return {names[path[0]]: x for path, x in launched.source.constants.items()}

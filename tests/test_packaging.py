@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNELS = [path for pattern in ("*.py", "tables/*.json") for path in ROOT.glob(f"kernels/{pattern}")]
 sys.path.insert(0, str(ROOT))
 
 from attnrec import _extension  # noqa: E402
@@ -194,8 +195,8 @@ def test_sdist_has_every_source(sdist):
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
     wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob("attnrec/**/*.py")}
+    wanted |= {str(path.relative_to(ROOT)) for path in KERNELS}
     wanted |= {
-        "kernels/__init__.py",
         "build_backend/backend.py",
         "build_backend/plan.py",
         "LICENSE",
@@ -210,9 +211,8 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
         names = archive.namelist()
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"attnrec"}
-    wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("attnrec/**/*.py")} | {
-        "attnrec/kernels/__init__.py"
-    }
+    wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("attnrec/**/*.py")}
+    wanted |= {f"attnrec/{path.relative_to(ROOT)}" for path in KERNELS}
     assert wanted - set(names) == set()
     assert len([name for name in names if name.startswith("attnrec/_C")]) == 1
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu"))]

@@ -72,6 +72,7 @@ class Modelled:
     """One compiled kernel on one chip."""
 
     kernel: str
+    table: str  # its name in the launch table, or that of the kernel it is a peer of
     arch: int
     dtype: str
     head_dim: int
@@ -121,6 +122,7 @@ def modelled(
     low, high = a.order_range
     m = Modelled(
         kernel=kernel,
+        table=work.table,
         arch=a.chip.sm,
         dtype=dtype,
         head_dim=head_dim,
@@ -257,14 +259,11 @@ def peers(task: tuple[int, str, int]) -> list[Modelled]:
 
 def ratios(mine: list[Modelled], theirs: list[Modelled]) -> list[tuple[Modelled, Modelled, dict[str, float]]]:
     """Peers' cost over ours for the shapes that both serve: above 1 ours is the faster."""
-    table_of = {
-        f"{p.name}: {kernel}": work[0] for p in model_peers.PEERS for kernel, work in p.kernels.items()
-    }
     found = []
     for peer in theirs:
         for m in mine:
-            same = (m.arch, m.dtype, m.head_dim) == (peer.arch, peer.dtype, peer.head_dim)
-            if same and WORK[m.kernel].table == table_of[peer.kernel]:
+            same = (peer.table, peer.arch, peer.dtype, peer.head_dim)
+            if (m.table, m.arch, m.dtype, m.head_dim) == same:
                 found.append((m, peer, {s: peer.costs[s] / m.costs[s] for s in SHAPES}))
     return found
 

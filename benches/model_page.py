@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from attnrec.kernels import launch
+
 CHIP = {80: "A100", 90: "H100"}
 
 HEAD = """# The GPU kernels by the performance model
@@ -99,19 +101,42 @@ def page(
                 (_floor_row(m, floors) for m in forward),
             ),
         ]
+    lines += ["## Launch parameters, and why", ""]
+    lines += table(
+        ["kernel", "chip", "dtype", "head dims", "tile, warps, stages", "why"],
+        (
+            [name, CHIP[arch], _kind(entry), _list(entry["head_dim"]), _tile(entry["launch"]), entry["why"]]
+            for arch in CHIP
+            for name, entries in launch.table(arch).items()
+            if name in {m.table for m in mine}
+            for entry in entries
+        ),
+    )
     noted = {(m.kernel, _name(m), n) for m in [*mine, *theirs] for n in m.notes}
     if noted:
         lines += ["## Notes on the figures", "", *(f"- {k}, {at}: {n}" for k, at, n in sorted(noted)), ""]
     return "\n".join(lines).rstrip()
 
 
+def _kind(entry: dict[str, Any]) -> str:
+    traits = [f"{k} {v}" for k, v in entry.items() if k not in ("dtype", "head_dim", "launch", "why")]
+    return ", ".join([entry["dtype"], *traits])
+
+
+def _list(values: Iterable[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _tile(launch_: Sequence[int]) -> str:
+    return "{}x{}, {}, {}".format(*launch_)
+
+
 def _row(m: Any, names: list[str]) -> list[str]:
-    tile = "{}x{}, {}, {}".format(*m.launch)
     share = f"{m.share_of_ceiling:.0%} of {m.ceiling}"
     costs = [f"{m.costs[s]:.0f}" for s in names]
     return [
-        _name(m), tile, str(m.registers), str(m.blocks), m.pipe, f"{m.instructions:.1f}", share, *costs,
-        f"{m.loop:.0f} ({m.order[0]:.0f}–{m.order[1]:.0f})",
+        _name(m), _tile(m.launch), str(m.registers), str(m.blocks), m.pipe, f"{m.instructions:.1f}", share,
+        *costs, f"{m.loop:.0f} ({m.order[0]:.0f}–{m.order[1]:.0f})",
     ]  # fmt: skip
 
 

@@ -7,10 +7,11 @@ pytest.importorskip("triton")
 from benches import model, model_page
 
 
-def modelled(kernel, cost=1.0, head_dim=64, arch=90, stationary="rows", pack=1):
+def modelled(kernel, table="target_attention", cost=1.0, head_dim=64, arch=90, stationary="rows", pack=1):
     """A block of 64 rows that takes 32 events an iteration: 100 cycles, 1,000 outside the loop."""
     m = model.Modelled(
         kernel=kernel,
+        table=table,
         arch=arch,
         dtype="bfloat16",
         head_dim=head_dim,
@@ -53,7 +54,11 @@ def test_the_cost_of_a_shape():
 
 
 def test_ratios_are_of_the_same_work_only():
-    mine = [modelled(OURS), modelled(OURS, head_dim=32), modelled("target_attention_backward._rows")]
+    mine = [
+        modelled(OURS),
+        modelled(OURS, head_dim=32),
+        modelled("target_attention_backward._rows", "target_attention_backward_rows"),
+    ]
     found = model.ratios(mine, [modelled(PEER, cost=1.5)])
     assert [(m.kernel, m.head_dim) for m, _, _ in found] == [(OURS, 64)]
     assert all(x == pytest.approx(1.5) for x in found[0][2].values())
@@ -74,6 +79,7 @@ def test_the_page_says_where_the_goals_are_missed(cost, says):
     assert says in page
     assert f"| {OURS} | `parallel_attn_fwd_kernel` | H100 D=64 | {cost:.2f} |" in page
     assert "Nothing here was measured on a GPU" in page
+    assert "| target_attention | H100 | half | " in page
     assert f"1.25 at D <= 64 is reached in {6 if cost > 1.25 else 0} of 6" in page
 
 

@@ -47,9 +47,8 @@ def _add_grad_user(state, context, s, unit, k, event, shown, MASKED: tl.constexp
     ids, target, lse, share, even = context[0], context[1], context[2], context[3], context[4]
     HAS_BIAS: tl.constexpr = context[5]
     SAMPLED: tl.constexpr = context[6]
-    SMOOTHING: tl.constexpr = context[7]
-    GAIN: tl.constexpr = context[8]
-    PRECISION: tl.constexpr = context[9]
+    GAIN: tl.constexpr = context[7]
+    PRECISION: tl.constexpr = context[8]
     if SAMPLED:
         s = not_hits(s, ids, target, event, shown)
     if not HAS_BIAS:
@@ -59,9 +58,7 @@ def _add_grad_user(state, context, s, unit, k, event, shown, MASKED: tl.constexp
     d = _weights(s - lse[:, None], GAIN)
     if not SAMPLED:
         n = event + tl.arange(0, s.shape[1])
-        d = tl.where(n[None, :] == target[:, None], d - share, d)
-    if SMOOTHING:
-        d -= even
+        d -= tl.where(n[None, :] == target[:, None], share, even)
     return (st.dot(d.to(k.dtype), k, state[0], PRECISION),)
 
 
@@ -97,7 +94,6 @@ def _grad_users(
     BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAMPLED: tl.constexpr,
-    SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -111,7 +107,7 @@ def _grad_users(
     last = tl.minimum(first + split, item_count)
     (total,) = st.stream(
         _add_grad_user, (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),),
-        (ids, own, of_row, share, even, HAS_BIAS, SAMPLED, SMOOTHING, GAIN, PRECISION),
+        (ids, own, of_row, share, even, HAS_BIAS, SAMPLED, GAIN, PRECISION),
         q, items, items_stride, bias, 1, factor, first, last, last, own,
         D, BLOCK_D, BLOCK_N, HAS_BIAS, False, PRECISION, 1.0,
         (users + row.to(tl.int64) * users_stride, valid),
@@ -169,9 +165,8 @@ def _add_grad_item(state, context, s, unit, k, event, shown, MASKED: tl.constexp
     NEEDS_TABLE: tl.constexpr = context[7]
     NEEDS_BIAS: tl.constexpr = context[8]
     SAMPLED: tl.constexpr = context[9]
-    SMOOTHING: tl.constexpr = context[10]
-    GAIN: tl.constexpr = context[11]
-    PRECISION: tl.constexpr = context[12]
+    GAIN: tl.constexpr = context[10]
+    PRECISION: tl.constexpr = context[11]
     n = event + tl.arange(0, s.shape[1])
     hit = item[:, None] == tl.load(target + n, mask=shown, other=-1)[None, :]
     s = tl.fma(s, tl.zeros_like(s) + unit, tl.broadcast_to(added[:, None], s.shape))
@@ -179,9 +174,7 @@ def _add_grad_item(state, context, s, unit, k, event, shown, MASKED: tl.constexp
         s = tl.where(hit, -float("inf"), s)
     d = _weights(s - tl.load(lse + n, mask=shown, other=float("inf"))[None, :], GAIN)
     if not SAMPLED:
-        d = tl.where(hit, d - share, d)
-    if SMOOTHING:
-        d -= even
+        d -= tl.where(hit, share, even)
     d *= tl.load(grad + n, mask=shown, other=0.0)[None, :]
     if NEEDS_BIAS:
         of_bias += tl.sum(d, 1)
@@ -218,7 +211,6 @@ def _grad_items(
     NEEDS_BIAS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAMPLED: tl.constexpr,
-    SMOOTHING: tl.constexpr,
     GAIN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -240,7 +232,7 @@ def _grad_items(
     total, of_bias = st.stream(
         _add_grad_item, (tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M,), tl.float32)),
         (number, added, target, lse, grad, share, even,
-         NEEDS_TABLE, NEEDS_BIAS, SAMPLED, SMOOTHING, GAIN, PRECISION),
+         NEEDS_TABLE, NEEDS_BIAS, SAMPLED, GAIN, PRECISION),
         q, users, users_stride, users, 0, factor, first, last, last, item,
         D, BLOCK_D, BLOCK_N, False, False, PRECISION, 1.0,
         (items + item.to(tl.int64) * items_stride, shown),
@@ -331,10 +323,10 @@ def _fill_users(
             _grad_users[(triton.cdiv(count, launch.block_m), rows.splits)](
                 users, rows.items, rows.ids, rows.bias, target, lse[part],
                 partial, rows.factor,
-                (1.0 - smoothing) * 2.0**gain, smoothing / items * 2.0**gain, count, items,
+                *_shares(rows, smoothing), count, items,
                 rows.split(launch.block_n), users.stride(0),
                 rows.items.stride(0), HAS_BIAS=rows.bias is not None, SAMPLED=sampled,
-                SMOOTHING=smoothing > 0.0, GAIN=gain, **constants,
+                GAIN=gain, **constants,
             )  # fmt: skip
         _finish_users[(triton.cdiv(count, 2048 // block_d),)](
             rows.table, target, lse[part], grad[part], change[part] if sampled else None, partial,
@@ -375,13 +367,19 @@ def _item_gradients(
     if tiles:
         _grad_items[(tiles, parts)](
             rows.users, rows.items, rows.ids, rows.bias, rows.target, lse, grad, scale, of_items,
-            of_bias, rows.factor, (1.0 - smoothing) * 2.0**gain, smoothing / items * 2.0**gain, count, items,
+            of_bias, rows.factor, *_shares(rows, smoothing), count, items,
             split,
             rows.users.stride(0), rows.items.stride(0), NEEDS_TABLE=needs[0], NEEDS_BIAS=needs[1],
-            HAS_BIAS=rows.bias is not None, SAMPLED=sampled, SMOOTHING=smoothing > 0.0,
+            HAS_BIAS=rows.bias is not None, SAMPLED=sampled,
             GAIN=gain, **constants,
         )  # fmt: skip
     return tuple(x[0] if parts == 1 else x.sum(0) for x in (of_items, of_bias))
+
+
+def _shares(rows: Rows, smoothing: float) -> tuple[float, float]:
+    """What is subtracted from the weight of a row's own target, and from each other one."""
+    even = smoothing / rows.items.shape[0]
+    return (1.0 - smoothing + even) * 2.0 ** _gain(rows), even * 2.0 ** _gain(rows)
 
 
 def _gain(rows: Rows) -> float:

@@ -50,7 +50,7 @@ env: $(VENV)/installed ## the whole environment, extension included
 
 test: env lint ## environment, build, lint and all tests, those of the ops once per CPU tier and runner
 	@echo "== tests: all, on this machine's best CPU tier"
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --ignore tests/ptxemu
 	@$(MAKE) --no-print-directory tiers test-triton test-emulated
 
 # A process each, because the choice is made once in a process.
@@ -66,8 +66,9 @@ test-triton: env ## the ops' tests on the Triton kernels in Triton's interpreter
 	@echo "== tests: the ops, Triton kernels interpreted"
 	ATTNREC_TEST_RUNNER=interpreter $(ON_ALL_CORES) $(GPU_TESTS)
 
-test-emulated: env ## the same on the Triton kernels as compiled for sm_80, executed on the CPU
+test-emulated: env ## the same on the Triton kernels as compiled for sm_80, executed by an emulator, and its own tests
 	@echo "== tests: the ops, Triton kernels compiled for sm_80 and emulated"
+	$(ON_ALL_CORES) tests/ptxemu
 	ATTNREC_TEST_RUNNER=emulator $(ON_ALL_CORES) $(OP_TESTS) tests/test_triton_memory.py
 
 test-gpu: env ## the same on this machine's GPU, and what only a GPU can say

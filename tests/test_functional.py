@@ -162,6 +162,14 @@ class TestDense:
         torch.testing.assert_close(got, want)
 
 
+# On a GPU every mask becomes a bias, because holes would have to be read; on CPU tensors one without becomes
+# lengths, and the Triton kernels, which never see that on a GPU, may have other tiles where there is a bias.
+HOLE = pytest.param(
+    "a hole beside",
+    marks=pytest.mark.skipif(RUNNER.backend is not None and RUNNER.device == "cpu", reason="not so on a GPU"),
+)
+
+
 @pytest.mark.skipif(
     RUNNER.backend is None and "target_attention" not in CPU.kernels,
     reason="the reference's bits are torch.matmul's",
@@ -177,7 +185,7 @@ class TestBatchInvariance:
 
     @FORMS
     @GROUPS
-    @pytest.mark.parametrize("mask", [None, "lengths", "a hole beside"])
+    @pytest.mark.parametrize("mask", [None, "lengths", HOLE])
     def test_a_user_alone(self, heads_first, kv_heads, mask):
         query, key, value = dense(heads_first, kv_heads)
         if mask is not None:

@@ -406,10 +406,11 @@ def catalog_topk(
     of_lists = (row_tiles * cut.block_m, cut.parts)
     counts = ids.new_empty(of_lists, dtype=torch.int32)
     maxima, sums = lse.new_empty(of_lists), lse.new_empty(of_lists)
+    # Without a limit ptxas aims at fewer registers and spills one of them.
     _scan[row_tiles, cut.parts](
         *inputs, floors, highest, lse.new_empty(*of_lists, launch.block_n), ids.new_empty(of_lists), counts,
         lists, maxima, sums, factor, batch, items, total, wanted, cut.capacity, cut.part, *strides,
-        HAS_SAMPLE=floors is not None, **options,
+        HAS_SAMPLE=floors is not None, maxnreg=255, **options,
     )  # fmt: skip
     best = ids.new_empty(batch, wanted)
     _select[batch,](lists, counts, maxima, sums, best, lse, cut.parts, cut.capacity, wanted, CHUNK=512)

@@ -224,6 +224,7 @@ def target_attention_top(
             HAS_LENGTHS=kv_lengths is not None, HAS_VISIBLE=visible is not None,
             HAS_SELF=self_key is not None, HAS_BIAS=key_bias is not None,
             PRECISION=st.precision(query.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
+            maxnreg=255,  # without a limit ptxas aims at fewer and spills
         )  # fmt: skip
         used = min(at_once, tiles - first_tile) * blocks * block_m
         best = lists if sort else lists.sort(descending=True).values

@@ -639,13 +639,14 @@ def target_attention_backward(
         )  # fmt: skip
 
     def run_events(careful: bool) -> None:
+        # Without `maxnreg` the compiler stops at 128 registers in some variants and spills instead.
         packed = pack(of_events.block_m)
         _events[triton.cdiv(events, of_events.block_n) + users, kv_heads](
             grad_key, grad_value, grad_key_bias, row_states, grad_out, query, key, value,
             q_offsets, kv_offsets, kv_lengths, visible, key_bias, scale, factor, users, rows, events, heads,
             *strides["grad_out"], *strides["query"], *strides["key"], *strides["value"], *strides["bias"],
             **common, PACK=packed, BLOCK_M=of_events.block_m, BLOCK_N=of_events.block_n, CAREFUL=careful,
-            num_warps=of_events.num_warps, num_stages=1 if careful else of_events.num_stages,
+            num_warps=of_events.num_warps, num_stages=1 if careful else of_events.num_stages, maxnreg=255,
         )  # fmt: skip
 
     if rows:

@@ -49,7 +49,7 @@ def _add_grad_query(state, context, s, unit, k, event, shown, MASKED: tl.constex
     sees = (event + tl.arange(0, N))[None, :] < seen[:, None]
     if CAREFUL and MASKED:
         dp = tl.where(sees, dp, 0.0)
-    if MASKED:
+    if MASKED:  # noqa: SIM102 (of a constant and a value: the compiler drops the outer one)
         if event == 0:
             # A shift made from `out` has the error of its rounding. Where all events of a row are here, it is
             # known better; plain PyTorch, which keeps the weights, is nearly exact for such a row.

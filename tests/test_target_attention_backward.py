@@ -93,6 +93,12 @@ class TestAgainstReference:
         batch = mixed(dtype=dtype, options=["key_bias"])
         check(batch.with_(key_bias=batch.key_bias.to(dtype)).to(device))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_large_bias(self, device, dtype):
+        """One whose exponential is infinite, as a kernel may take it for rows that do not exist."""
+        batch = mixed(options=["key_bias"], dtype=dtype)
+        check(batch.with_(key_bias=batch.key_bias + 300).to(device), slack=2.0)
+
     def test_causal(self, device):
         batch = make_jagged([150, 20], [150, 20], dim=16)
         visible = torch.cat([torch.arange(1, 151), torch.arange(1, 21)])

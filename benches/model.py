@@ -252,8 +252,13 @@ def peers(task: tuple[int, str, int]) -> list[Modelled]:
             sizes, meta = constants(launched), launched.metadata
             tile = Launch(sizes[rows], sizes[events], meta.num_warps, meta.num_stages)
             work = Work(name, flops, peer.stationary.get(launched.name, "rows"))
-            m = modelled(analysis_of(launched), f"{peer.name}: {launched.name}", dtype, head_dim, work, tile)
-            found.append(m)
+            try:
+                a = analysis_of(launched)
+            except (
+                ValueError
+            ):  # a tile that the chip has no shared memory for: it does not serve this head dim
+                continue
+            found.append(modelled(a, f"{peer.name}: {launched.name}", dtype, head_dim, work, tile))
     return found
 
 

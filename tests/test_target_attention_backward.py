@@ -205,6 +205,21 @@ class TestNaN:
             if name in OF_EVENTS:
                 assert (grad[hidden] == 0).all(), name
 
+    @pytest.mark.parametrize("name", ["key", "value"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_of_an_event_that_other_rows_see(self, device, dtype, name):
+        batch = make_jagged([24], [40], kv_heads=2, dim=16, dtype=dtype, options=["self"])
+        visible = torch.tensor([10, 40, 20] * 8)
+        batch = batch.with_(visible=visible).to(device)
+        grads_of, blind = grads_of_outputs(batch), (visible <= 25).to(device)
+        clean = gradients(batch, *grads_of)
+        spoilt = getattr(batch, name).clone()
+        spoilt[25] = NAN
+        got = gradients(batch.with_(**{name: spoilt}), *grads_of)
+        for of in OF_ROWS:
+            assert torch.equal(got[of][blind], clean[of][blind]), of
+        assert got["query"][~blind].isnan().all()
+
     @pytest.mark.parametrize("spoilt", ["query", "grad_out"])
     @pytest.mark.parametrize("hide", ["visible", "key_bias"])
     def test_of_another_candidate(self, device, spoilt, hide):

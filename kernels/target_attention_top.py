@@ -192,7 +192,8 @@ def target_attention_top(
     block_m = of_all.block_m if st.INTERPRETED.value else launch.block_m
     group = heads // kv_heads
     pack = group if key_bias is None and group <= block_m else 1
-    capacity = triton.next_power_of_2(min(top + block_n, max(total_events, 1)))
+    # As many as are asked for even where there are fewer events: what is written is as wide as a list.
+    capacity = triton.next_power_of_2(max(top, min(top + block_n, total_events)))
     tiles = triton.cdiv(rows, block_m // pack) + users
     blocks = heads // pack  # of a tile
     at_once = min(tiles, max(1, LIST_BYTES // (8 * blocks * block_m * capacity)))

@@ -54,9 +54,14 @@ def public(users, table, target, *, in_batch=False, negatives=None, **options):
     )
 
 
-def check(arguments, options):
+def check(arguments, options, slack=1.0):
     assert_matches_reference(
-        "catalog_cross_entropy", *arguments, differentiate=(0,), without_grad=("logq",), **options
+        "catalog_cross_entropy",
+        *arguments,
+        differentiate=(0,),
+        without_grad=("logq",),
+        slack=slack,
+        **options,
     )
     loss, _ = torch.ops.attnrec.catalog_cross_entropy(*arguments, **options)
     assert torch.equal(public(*arguments, **options), loss)
@@ -67,13 +72,13 @@ def combinations():
         names = {name for name, take in zip(OPTIONS, chosen, strict=True) if take}
         sampled = names & {"negatives", "in_batch"}
         if len(sampled) < 2 and not (sampled and "label_smoothing" in names):
-            yield names
+            yield sorted(names)
 
 
+@pytest.mark.parametrize("names", list(combinations()), ids="+".join)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_combination_of_options(dtype):
-    for names in combinations():
-        check(*make(45, 140, 20, dtype, names))
+def test_every_combination_of_options(dtype, names):
+    check(*make(45, 140, 20, dtype, names), slack=1.0 if RUNNER.name == "native" else 1.5)
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8, 15, 16, 17, 33, 64, 100, 128, 256, BEYOND_GPU_KERNELS])

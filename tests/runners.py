@@ -94,8 +94,8 @@ RUNNERS = {
     runner.name: runner
     for runner in (
         Runner("native"),
-        Runner("interpreter", "cpu", "triton", WITHOUT_DOUBLE, 4, (1,), 8, thin=True),
-        Runner("emulator", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=4),
+        Runner("interpreter", "cpu", "triton", WITHOUT_DOUBLE, 3, (1,), 8, thin=True, most=4),
+        Runner("emulator", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=3),
         Runner("device", "cuda", os.environ.get("ATTNREC_BACKEND", "triton"), WITHOUT_DOUBLE, threads=(1, 2)),
     )
 }

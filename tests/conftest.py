@@ -57,8 +57,9 @@ def pytest_collection_modifyitems(config, items):
             # Values need not be hashable; those of one parameter are the same objects in all cases.
             values = [{name: id(x) for name, x in item.callspec.params.items()} for item in of_test]
             kept = covering(values)
-            if RUNNER.most is not None and len(kept) > RUNNER.most:
-                kept = [kept[i * len(kept) // RUNNER.most] for i in range(RUNNER.most)]
+            if RUNNER.most is not None:
+                most = min(len(kept), RUNNER.most * (3 if "options" in values[0] else 1))
+                kept = [kept[i * len(kept) // most] for i in range(most)]
             left_out += [item for index, item in enumerate(of_test) if index not in kept]
     if not torch.cuda.is_available():
         for item in items:

@@ -253,8 +253,9 @@ def assert_matches_reference(
     Floating outputs and gradients by `assert_close_to_reference` (gradients with factor 3), integers exactly.
     `differentiate`: the indices of the outputs that have gradients, `(0, 1)` for `target_attention`.
     `slack` multiplies the factors: where a batch is a handful of numbers, by chance plain PyTorch has almost
-    no error in them.
+    no error in them. So it is on the slow runners, whose sizes are cut: half as much again there.
     """
+    slack *= 1.5 if RUNNER.thin else 1.0
     function = getattr(torch.ops.attnrec, name) if function is None else function
     meaning = getattr(reference, name)
     how = {"differentiate": differentiate, "without_grad": without_grad}

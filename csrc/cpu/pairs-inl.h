@@ -14,6 +14,16 @@ struct Pairs {
   static constexpr int W = V::kWidth;
   // Weights are rounded to bf16: 4e-6 in the exponential are nothing beside 2^-9.
   static constexpr bool kShortExp = true;
+  static constexpr int kChainSteps = kMostHeadDim;  // the scores' own rounding is far below bf16's
+
+  ATTNREC_INLINE typename V::Reg load(const Item* p) { return V::load_pairs(p); }
+  ATTNREC_INLINE typename V::Reg set1(Item item) { return V::set1_pairs(item); }
+  ATTNREC_INLINE typename V::Reg multiply_add(typename V::Reg a, typename V::Reg b, typename V::Reg sum) {
+    return V::dot(sum, a, b);
+  }
+  ATTNREC_INLINE typename V::Reg scaled(typename V::Reg score, Real factor) {
+    return V::mul(score, V::set1(factor));
+  }
 
   static constexpr Item kFirst = 0xffffu, kSecond = 0xffff0000u;  // of the two elements
 
@@ -40,7 +50,7 @@ struct Pairs {
     }
   }
 
-  // A query row among the block's, rows[pair of d][r]. The scale comes in with `scores`.
+  // A query row among the block's, rows[pair of d][r]. The scale comes in with `scaled`.
   static void load_query(const void* data, Element, int head_dim, Real, Real*, int r, Item* rows) {
     const auto* from = static_cast<const BFloat16*>(data);
     Item row[kMostHeadDim / 2];
@@ -53,91 +63,10 @@ struct Pairs {
     for (int p = 0; p < depth(head_dim); p++) rows[p * V::kRows + r] = 0;
   }
 
-  template <int M>
-  static void score_block(const Item* rows, const Item* panel, int panels, int head_dim, Real factor,
-                          Real* scores) {
-    const int pairs = depth(head_dim);
-    const typename V::Reg scale = V::set1(factor);
-    for (int i = 0; i < panels; i++, panel += static_cast<int64_t>(2 * W) * pairs, scores += 2 * W) {
-      typename V::Reg sum[M][2];
-#pragma GCC unroll 8
-      for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = V::zero();
-#pragma GCC unroll 4
-      for (int p = 0; p < pairs; p++) {
-        const typename V::Reg k0 = V::load_pairs(panel + p * 2 * W);
-        const typename V::Reg k1 = V::load_pairs(panel + p * 2 * W + W);
-#pragma GCC unroll 8
-        for (int r = 0; r < M; r++) {
-          const typename V::Reg q = V::set1_pairs(rows[p * V::kRows + r]);
-          sum[r][0] = V::dot(sum[r][0], q, k0);
-          sum[r][1] = V::dot(sum[r][1], q, k1);
-        }
-      }
-#pragma GCC unroll 8
-      for (int r = 0; r < M; r++) {
-        V::store(scores + r * kKeys, V::mul(sum[r][0], scale));
-        V::store(scores + r * kKeys + W, V::mul(sum[r][1], scale));
-      }
-    }
-  }
-
-  template <int M = V::kRows>
-  static void scores(int rows, const Item* queries, const Item* panel, int panels, int head_dim, Real factor,
-                     Real* to) {
-    if constexpr (M > 1) {
-      if (rows < M) return scores<M - 1>(rows, queries, panel, panels, head_dim, factor, to);
-    }
-    score_block<M>(queries, panel, panels, head_dim, factor, to);
-  }
-
-  // out[r][:] += Σ_p weight[r * row_step + p * pair_step] · from[p][:], as `accumulate_block`.
-  template <bool kApart, int M, int N>
-  static void accumulate_block(const Item* weight, int row_step, int pair_step, const Item* from,
-                               int64_t from_stride, int pairs, Real* out, int64_t out_stride) {
-    typename V::Reg sum[M][N];
-#pragma GCC unroll 8
-    for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) sum[r][j] = kApart ? V::zero() : V::load(out + r * out_stride + j * W);
-#pragma GCC unroll 2
-    for (int p = 0; p < pairs; p++) {
-      typename V::Reg v[N];
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) v[j] = V::load_pairs(from + p * from_stride + j * W);
-#pragma GCC unroll 8
-      for (int r = 0; r < M; r++) {
-        const typename V::Reg w = V::set1_pairs(weight[r * row_step + p * pair_step]);
-#pragma GCC unroll 2
-        for (int j = 0; j < N; j++) sum[r][j] = V::dot(sum[r][j], w, v[j]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < M; r++)
-#pragma GCC unroll 2
-      for (int j = 0; j < N; j++) {
-        Real* to = out + r * out_stride + j * W;
-        V::store(to, kApart ? V::add(V::load(to), sum[r][j]) : sum[r][j]);
-      }
-  }
-
-  template <bool kApart, int M = V::kRows>
-  static void accumulate(int rows, const Item* weight, int row_step, int pair_step, const Item* from,
-                         int pairs, int64_t from_stride, int width, Real* out, int64_t out_stride) {
-    if constexpr (M > 1) {
-      if (rows < M) {
-        return accumulate<kApart, M - 1>(rows, weight, row_step, pair_step, from, pairs, from_stride, width,
-                                         out, out_stride);
-      }
-    }
-    int d = 0;
-    for (; d + 2 * W <= width; d += 2 * W) {
-      accumulate_block<kApart, M, 2>(weight, row_step, pair_step, from + d, from_stride, pairs, out + d,
-                                     out_stride);
-    }
-    if (d < width) {
-      accumulate_block<kApart, M, 1>(weight, row_step, pair_step, from + d, from_stride, pairs, out + d,
-                                     out_stride);
-    }
+  template <bool kApart, class... Arguments>
+  ATTNREC_INLINE void sum(int rows, const Item* weight, int row_step, int pair_step, const Item* from,
+                          Arguments... rest) {
+    accumulate<V, kApart, Pairs>(rows, weight, row_step, pair_step, from, rest...);
   }
 
   // Values of packed events, values[pair of events][d], and by tile whether all of them are finite.
@@ -185,23 +114,25 @@ struct Pairs {
       const Item* from = items + static_cast<int64_t>(packed_event / 2) * width;
       if (finite[packed_event / kKeys]) {  // what a row does not see has weight 0, which adds nothing
         if (pairs > 0)
-          accumulate<true>(rows, weights, kKeys / 2, 1, from, pairs, width, width, out, out_stride);
+          sum<true>(rows, weights, kKeys / 2, 1, from, int64_t{width}, pairs, width, out, out_stride);
         return;
       }
       for (int r = 0; r < rows; r++) {
-        Real sum[kMostHeadDim];
+        Real total[kMostHeadDim];
         Item last[kMostHeadDim];
-        for (int d = 0; d < width; d += W) V::store(sum + d, V::zero());
+        for (int d = 0; d < width; d += W) V::store(total + d, V::zero());
         const Item* row = weights + r * (kKeys / 2);
-        if (seen[r] / 2 > 0) accumulate<false>(1, row, 0, 1, from, seen[r] / 2, width, width, sum, width);
+        if (seen[r] / 2 > 0) {
+          sum<false>(1, row, 0, 1, from, int64_t{width}, seen[r] / 2, width, total, int64_t{width});
+        }
         if (seen[r] % 2) {
           const Item* pair = from + static_cast<int64_t>(seen[r] / 2) * width;
           for (int d = 0; d < width; d++) last[d] = pair[d] & kFirst;
-          accumulate<false>(1, row + seen[r] / 2, 0, 0, last, 1, width, width, sum, width);
+          sum<false>(1, row + seen[r] / 2, 0, 0, last, int64_t{width}, 1, width, total, int64_t{width});
         }
         Real* to = out + r * out_stride;
         for (int d = 0; seen[r] && d < width; d += W)
-          V::store(to + d, V::add(V::load(to + d), V::load(sum + d)));
+          V::store(to + d, V::add(V::load(to + d), V::load(total + d)));
       }
     }
 
@@ -226,9 +157,8 @@ struct Pairs {
   static void sum_rows(int events, const Real* weights, const Real* rows, int first, int last, int width,
                        Real* to) {
     const int from = first / 2 * 2;
-    accumulate<kApart>(events, items(weights + from * kKeys), 1, 2 * kKeys,
-                       items(rows + int64_t{from} * width), (last - from + 1) / 2, 2 * width, width, to,
-                       width);
+    sum<kApart>(events, items(weights + from * kKeys), 1, 2 * kKeys, items(rows + int64_t{from} * width),
+                int64_t{2} * width, (last - from + 1) / 2, width, to, int64_t{width});
   }
 
   static void sum_seen_rows(const int* seen, int event, const Real* weights, const Real* rows, int first,
@@ -240,7 +170,8 @@ struct Pairs {
       Item seen_ones[kMostHeadDim];
       for (int d = 0; d < width; d++)
         seen_ones[d] = pair[d] & ((both[0] ? kFirst : 0) | (both[1] ? kSecond : 0));
-      accumulate<false>(1, items(weights + r * kKeys), 0, 0, seen_ones, 1, width, width, to, width);
+      sum<false>(1, items(weights + r * kKeys), 0, 0, seen_ones, int64_t{width}, 1, width, to,
+                 int64_t{width});
     }
   }
 

@@ -142,33 +142,43 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
   return copy;
 }
 
-// scores[r][event] = Σ_d rows[d][r] · panel[d][event] for M rows and the events of `panels` panels.
-template <class V, int M>
-void score_block(const typename V::Real* rows, const typename V::Real* panel, int panels, int head_dim,
-                 typename V::Real* scores) {
-  constexpr int W = V::kWidth;
-  for (int p = 0; p < panels; p++, panel += static_cast<int64_t>(2 * W) * head_dim, scores += 2 * W) {
+// How a tier multiplies: `Item` is what packed keys, query rows, weights and values are made of in the two
+// products. `Numbers` takes every element as a working number, `Pairs` (pairs-inl.h) two bf16 ones at once.
+template <class V>
+struct Numbers;
+
+// scores[r][event] = Σ_d rows[d][r] · panel[d][event] for M rows and the events of `panels` panels, where d
+// counts the items of a row.
+template <class V, class Products, int M>
+void score_block(const typename Products::Item* rows, const typename Products::Item* panel, int panels,
+                 int head_dim, typename V::Real factor, typename V::Real* scores) {
+  constexpr int W = V::kWidth, kSteps = Products::kChainSteps;
+  const int depth = Products::depth(head_dim);
+  for (int p = 0; p < panels; p++, panel += static_cast<int64_t>(2 * W) * depth, scores += 2 * W) {
     // Chains of at most kChain products, added up: with D = 256 in one chain the error was 3 times a GEMM's.
-    for (int begin = 0; begin < head_dim; begin += kChain) {
+    for (int begin = 0; begin < depth; begin += kSteps) {
       typename V::Reg sum[M][2];
 #pragma GCC unroll 8
       for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = V::zero();
-      const int end = head_dim - begin < kChain ? head_dim : begin + kChain;
+      const int end = depth - begin < kSteps ? depth : begin + kSteps;
 #pragma GCC unroll 4
       for (int d = begin; d < end; d++) {
-        const typename V::Reg k0 = V::load(panel + d * 2 * W), k1 = V::load(panel + d * 2 * W + W);
+        const typename V::Reg k0 = Products::load(panel + d * 2 * W);
+        const typename V::Reg k1 = Products::load(panel + d * 2 * W + W);
 #pragma GCC unroll 8
         for (int r = 0; r < M; r++) {
-          const typename V::Reg q = V::set1(rows[d * V::kRows + r]);
-          sum[r][0] = V::fma(q, k0, sum[r][0]);
-          sum[r][1] = V::fma(q, k1, sum[r][1]);
+          const typename V::Reg q = Products::set1(rows[d * V::kRows + r]);
+          sum[r][0] = Products::multiply_add(q, k0, sum[r][0]);
+          sum[r][1] = Products::multiply_add(q, k1, sum[r][1]);
         }
       }
 #pragma GCC unroll 8
       for (int r = 0; r < M; r++) {
         typename V::Real* to = scores + r * kKeys;
-        V::store(to, begin ? V::add(V::load(to), sum[r][0]) : sum[r][0]);
-        V::store(to + W, begin ? V::add(V::load(to + W), sum[r][1]) : sum[r][1]);
+        const typename V::Reg s0 = Products::scaled(sum[r][0], factor);
+        const typename V::Reg s1 = Products::scaled(sum[r][1], factor);
+        V::store(to, begin ? V::add(V::load(to), s0) : s0);
+        V::store(to + W, begin ? V::add(V::load(to + W), s1) : s1);
       }
     }
   }
@@ -178,9 +188,9 @@ void score_block(const typename V::Real* rows, const typename V::Real* panel, in
 // numbers: summed apart and then added, or as one chain with what `out` has. Sums over thousands of events
 // are made of parts, so that their rounding errors stay those of short sums (a chain of 4096 has 4 times
 // plain PyTorch's error).
-template <class V, int M, bool kApart = true>
-void accumulate_block(const typename V::Real* factor, int factor_row, int factor_step,
-                      const typename V::Real* values, int64_t value_stride, int n, int width,
+template <class V, int M, bool kApart = true, class Products = Numbers<V>>
+void accumulate_block(const typename Products::Item* factor, int factor_row, int factor_step,
+                      const typename Products::Item* values, int64_t value_stride, int n, int width,
                       typename V::Real* out, int64_t out_stride) {
   using Real = typename V::Real;
   constexpr int W = V::kWidth;
@@ -194,13 +204,13 @@ void accumulate_block(const typename V::Real* factor, int factor_row, int factor
     }
 #pragma GCC unroll 2
     for (int i = 0; i < n; i++) {
-      const typename V::Reg v0 = V::load(values + i * value_stride + d);
-      const typename V::Reg v1 = V::load(values + i * value_stride + d + W);
+      const typename V::Reg v0 = Products::load(values + i * value_stride + d);
+      const typename V::Reg v1 = Products::load(values + i * value_stride + d + W);
 #pragma GCC unroll 8
       for (int r = 0; r < M; r++) {
-        const typename V::Reg f = V::set1(factor[r * factor_row + i * factor_step]);
-        sum[r][0] = V::fma(f, v0, sum[r][0]);
-        sum[r][1] = V::fma(f, v1, sum[r][1]);
+        const typename V::Reg f = Products::set1(factor[r * factor_row + i * factor_step]);
+        sum[r][0] = Products::multiply_add(f, v0, sum[r][0]);
+        sum[r][1] = Products::multiply_add(f, v1, sum[r][1]);
       }
     }
 #pragma GCC unroll 8
@@ -216,10 +226,10 @@ void accumulate_block(const typename V::Real* factor, int factor_row, int factor
     for (int r = 0; r < M; r++) sum[r] = kApart ? V::zero() : V::load(out + r * out_stride + d);
 #pragma GCC unroll 4
     for (int i = 0; i < n; i++) {
-      const typename V::Reg v = V::load(values + i * value_stride + d);
+      const typename V::Reg v = Products::load(values + i * value_stride + d);
 #pragma GCC unroll 8
       for (int r = 0; r < M; r++)
-        sum[r] = V::fma(V::set1(factor[r * factor_row + i * factor_step]), v, sum[r]);
+        sum[r] = Products::multiply_add(Products::set1(factor[r * factor_row + i * factor_step]), v, sum[r]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
@@ -230,20 +240,20 @@ void accumulate_block(const typename V::Real* factor, int factor_row, int factor
 }
 
 // Turns a run-time number of rows (1 … V::kRows) into the template's.
-template <class V, int M = V::kRows, class... Arguments>
+template <class V, class Products, int M = V::kRows, class... Arguments>
 ATTNREC_INLINE void scores(int rows, Arguments... arguments) {
   if constexpr (M > 1) {
-    if (rows < M) return scores<V, M - 1>(rows, arguments...);
+    if (rows < M) return scores<V, Products, M - 1>(rows, arguments...);
   }
-  score_block<V, M>(arguments...);
+  score_block<V, Products, M>(arguments...);
 }
 
-template <class V, bool kApart = true, int M = V::kRows, class... Arguments>
+template <class V, bool kApart = true, class Products = Numbers<V>, int M = V::kRows, class... Arguments>
 ATTNREC_INLINE void accumulate(int rows, Arguments... arguments) {
   if constexpr (M > 1) {
-    if (rows < M) return accumulate<V, kApart, M - 1>(rows, arguments...);
+    if (rows < M) return accumulate<V, kApart, Products, M - 1>(rows, arguments...);
   }
-  accumulate_block<V, M, kApart>(arguments...);
+  accumulate_block<V, M, kApart, Products>(arguments...);
 }
 
 // `accumulate` of a tile for rows that see different numbers of its events: what all see together, the rest
@@ -289,13 +299,20 @@ ATTNREC_INLINE typename V::Real dot(const typename V::Real* a, const typename V:
   return V::sum(sum);
 }
 
-// How a tier multiplies. `Item` is what packed keys, query rows and values are made of; here every element as
-// a working number. `Pairs` (pairs-inl.h) is the other way, for bf16.
 template <class V>
 struct Numbers {
   using Real = typename V::Real;
   using Item = Real;
   static constexpr bool kShortExp = false;
+  static constexpr int kChainSteps = kChain;
+
+  ATTNREC_INLINE typename V::Reg load(const Item* p) { return V::load(p); }
+  ATTNREC_INLINE typename V::Reg set1(Item x) { return V::set1(x); }
+  ATTNREC_INLINE typename V::Reg multiply_add(typename V::Reg a, typename V::Reg b, typename V::Reg sum) {
+    return V::fma(a, b, sum);
+  }
+  // The scale came in with the query.
+  ATTNREC_INLINE typename V::Reg scaled(typename V::Reg score, Real) { return score; }
 
   static int depth(int head_dim) { return head_dim; }
 
@@ -313,11 +330,6 @@ struct Numbers {
 
   static void clear_query(int head_dim, int r, Item* rows) {
     for (int d = 0; d < head_dim; d++) rows[d * V::kRows + r] = 0;
-  }
-
-  static void scores(int rows, const Item* queries, const Item* panel, int panels, int head_dim, Real,
-                     Real* to) {
-    attnrec::cpu::scores<V>(rows, queries, panel, panels, head_dim, to);
   }
 
   // Values of packed events.

@@ -98,9 +98,9 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
               static_cast<int>(greatest(0, least(least(kKeys, n - begin), seen_by[r] - packed - begin)));
         }
         const int count = static_cast<int>(least(least(kKeys, n - begin), most - packed - begin));
-        Products::scores(rows, scratch.rows,
-                         scratch.panels + static_cast<int64_t>(begin) * Products::depth(D),
-                         (count + 2 * W - 1) / (2 * W), D, factor, scratch.scores);
+        scores<V, Products>(rows, scratch.rows,
+                            scratch.panels + static_cast<int64_t>(begin) * Products::depth(D),
+                            (count + 2 * W - 1) / (2 * W), D, factor, scratch.scores);
         for (int r = 0; r < rows; r++) {
           Real* s = scratch.scores + r * kKeys;
           if (bias) {

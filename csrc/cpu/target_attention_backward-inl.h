@@ -90,9 +90,9 @@ struct Backward {
 
   void tile(const Tile<V>& t) {
     if (t.first_row != block) start_block(t);
-    Products::scores(t.rows, grad_out_rows,
-                     value_panels + static_cast<int64_t>(t.packed_event) * Products::depth(a.head_dim),
-                     (most(t.seen, t.rows) + 2 * W - 1) / (2 * W), a.head_dim, Real{1}, grad_weight);
+    scores<V, Products>(t.rows, grad_out_rows,
+                        value_panels + static_cast<int64_t>(t.packed_event) * Products::depth(a.head_dim),
+                        (most(t.seen, t.rows) + 2 * W - 1) / (2 * W), a.head_dim, Real{1}, grad_weight);
     const int64_t at = (int64_t{t.packed_event} * kChunk) + int64_t{place} * kKeys;
     int seen_here[V::kRows];
     for (int r = 0; r < t.rows; r++) {

@@ -49,7 +49,9 @@ class Work:
 WORK = {
     "target_attention._forward": Work("target_attention", FORWARD),
     "target_attention_backward._rows": Work("target_attention_backward_rows", BACKWARD_ROWS),
-    "target_attention_backward._events": Work("target_attention_backward_events", BACKWARD_EVENTS, "events"),
+    "target_attention_backward_events.grad_events": Work(
+        "target_attention_backward_events", BACKWARD_EVENTS, "events"
+    ),
     "catalog_topk._scan": Work("catalog_topk", SCORES),
 }
 # Candidates of a user and events of its history; "loop" is a history without end.

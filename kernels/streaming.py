@@ -44,6 +44,22 @@ def rows_of(tensor: Tensor | None) -> Tensor | None:
     return tensor.contiguous()
 
 
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """For tensors that kernels read without strides: offsets, lengths, and what a kernel wrote."""
+    return tuple(x if x is None else x.contiguous() for x in tensors)
+
+
+def strides(*tensors: Tensor | None) -> list[int]:
+    """The strides of rows and heads of one tensor after another; zeros for one that is not there."""
+    return [n for x in tensors for n in ((0, 0) if x is None else x.stride()[:2])]
+
+
+def heads_together(group: int, block_m: int, key_bias: Tensor | None) -> int:
+    """How many heads of a group share a tile of rows (PACK): all where they fit. With a bias it is one, so
+    that the tile's bias is a vector."""
+    return group if key_bias is None and group <= block_m else 1
+
+
 def positive_scale(query: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """`(query, factor)` with `factor > 0` in units of log2: a negative scale's sign, or zero, goes into the
     query."""

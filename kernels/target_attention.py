@@ -348,10 +348,8 @@ def target_attention(
     if out.numel() == 0:
         return out, lse
     query, factor = st.positive_scale(st.rows_of(query), scale)
-    q_offsets, kv_offsets, kv_lengths, visible = (
-        x if x is None else x.contiguous() for x in (q_offsets, kv_offsets, kv_lengths, visible)
-    )
     key, value, self_key, self_value = (st.rows_of(x) for x in (key, value, self_key, self_value))
+    jagged = st.contiguous(q_offsets, kv_offsets, kv_lengths, visible)
     group = heads // kv_heads
     p = parameters(
         "target_attention",
@@ -360,8 +358,7 @@ def target_attention(
         visible=visible is not None,
         bias=key_bias is not None,
     )
-    # With a bias a tile has one head, so that the bias is a vector.
-    pack = group if key_bias is None and group <= p.block_m else 1
+    pack = st.heads_together(group, p.block_m, key_bias)
     tiles, head_tiles = -(-rows // (p.block_m // pack)) + users, heads // pack
     apart = _chunks_apart(tiles * head_tiles, events)
     block_d = native_head_dim(dim)
@@ -379,13 +376,7 @@ def target_attention(
     }
     in_one = "one" if parts is None else "in order"
     sizes = (users, rows, events, heads)
-    jagged = (q_offsets, kv_offsets, kv_lengths, visible)
-    strides = (
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        *((0, 0) if self_key is None else self_key.stride()[:2]),
-        *((0, 0) if self_value is None else self_value.stride()[:2]),
-        *((0, 0) if key_bias is None else key_bias.stride()),
-    )  # fmt: skip
+    strides = st.strides(query, key, value, self_key, self_value, key_bias)
 
     def forward(apart: int, chunks: str, careful: bool) -> None:
         _forward[tiles, head_tiles, apart](

@@ -180,9 +180,7 @@ def target_attention_top(
         return weights, events
     query, factor = st.positive_scale(st.rows_of(query), scale)
     key, self_key = st.rows_of(key), st.rows_of(self_key)
-    q_offsets, kv_offsets, kv_lengths, visible = (
-        x if x is None else x.contiguous() for x in (q_offsets, kv_offsets, kv_lengths, visible)
-    )
+    q_offsets, kv_offsets, kv_lengths, visible = st.contiguous(q_offsets, kv_offsets, kv_lengths, visible)
     traits = {"visible": visible is not None, "bias": key_bias is not None}
     launch = parameters("target_attention_top", head_dim=dim, dtype=query.dtype, **traits)
     # Sums are taken tile by tile, so the tiles are those of all weights. Bits of numpy's products depend on
@@ -191,7 +189,7 @@ def target_attention_top(
     block_n = of_all.block_n
     block_m = of_all.block_m if st.INTERPRETED.value else launch.block_m
     group = heads // kv_heads
-    pack = group if key_bias is None and group <= block_m else 1
+    pack = st.heads_together(group, block_m, key_bias)
     # As many as are asked for even where there are fewer events: what is written is as wide as a list.
     capacity = triton.next_power_of_2(max(top, min(top + block_n, total_events)))
     tiles = triton.cdiv(rows, block_m // pack) + users
@@ -217,9 +215,7 @@ def target_attention_top(
             query, key, q_offsets, kv_offsets, kv_lengths, visible, self_key, key_bias,
             scores, floors, counts, lists, maxima, inverses, places,
             factor, first_tile, users, rows, total_events, heads, top, capacity,
-            *query.stride()[:2], *key.stride()[:2],
-            *((0, 0) if self_key is None else self_key.stride()[:2]),
-            *((0, 0) if key_bias is None else key_bias.stride()),
+            *st.strides(query, key, self_key, key_bias),
             D=dim, BLOCK_D=native_head_dim(dim), GROUP=group, PACK=pack,
             BLOCK_M=block_m, BLOCK_N=block_n,
             HAS_LENGTHS=kv_lengths is not None, HAS_VISIBLE=visible is not None,

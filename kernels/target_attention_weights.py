@@ -139,9 +139,7 @@ def target_attention_weights(
         return weights, pair_offsets
     query, factor = st.positive_scale(st.rows_of(query), scale)
     key, self_key = st.rows_of(key), st.rows_of(self_key)
-    q_offsets, kv_offsets, kv_lengths, visible = (
-        x if x is None else x.contiguous() for x in (q_offsets, kv_offsets, kv_lengths, visible)
-    )
+    q_offsets, kv_offsets, kv_lengths, visible = st.contiguous(q_offsets, kv_offsets, kv_lengths, visible)
     p = parameters(
         "target_attention_weights",
         head_dim=dim,
@@ -150,12 +148,10 @@ def target_attention_weights(
         bias=key_bias is not None,
     )
     group = heads // kv_heads
-    pack = group if key_bias is None and group <= p.block_m else 1
+    pack = st.heads_together(group, p.block_m, key_bias)
     _weights[-(-rows // (p.block_m // pack)) + users, heads // pack](
         query, key, q_offsets, kv_offsets, pair_offsets, kv_lengths, visible, self_key, key_bias, weights,
-        factor, users, rows, events, pairs, heads, *query.stride()[:2], *key.stride()[:2],
-        *((0, 0) if self_key is None else self_key.stride()[:2]),
-        *((0, 0) if key_bias is None else key_bias.stride()),
+        factor, users, rows, events, pairs, heads, *st.strides(query, key, self_key, key_bias),
         D=dim, BLOCK_D=native_head_dim(dim), GROUP=group, PACK=pack,
         BLOCK_M=p.block_m, BLOCK_N=p.block_n,
         HAS_LENGTHS=kv_lengths is not None, HAS_VISIBLE=visible is not None,

@@ -254,6 +254,6 @@ def test_it_launches_on_the_device_of_the_tensors(monkeypatch):
 def test_every_kernel_has_a_row_in_the_status():
     rows = (ROOT / "docs" / "gpu-status.md").read_text().splitlines()
     for file in sorted((ROOT / "kernels").glob("*.py")):
-        launched = set(re.findall(r"^ +(_\w+)\[.*\]\(", file.read_text(), re.MULTILINE))
+        launched = set(re.findall(r"^ +(\w+)\[.*\]\(", file.read_text(), re.MULTILINE))
         row = next((row for row in rows if row.startswith(f"| `{file.name}` |")), "")
-        assert launched == set(re.findall(r"`(_\w+)`", row)), file.name
+        assert launched == set(re.findall(r"`(\w+)`", row)), file.name

@@ -7,6 +7,7 @@ _tree = Path(__file__).resolve().parent.parent
 if (_tree / "csrc" / "library.cpp").exists():
     __path__.append(str(_tree))
 
+from attnrec.catalog import Catalog, CatalogFileError  # noqa: E402
 from attnrec.functional import (  # noqa: E402
     catalog_cross_entropy,
     catalog_topk,
@@ -20,6 +21,8 @@ from attnrec.ops import debug, explain, use_backend  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "Catalog",
+    "CatalogFileError",
     "FusedMultiHeadAttention",
     "catalog_cross_entropy",
     "catalog_topk",

@@ -10,6 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from attnrec import layout, ops
+from attnrec.catalog import Catalog
+from attnrec.catalog.search import search
 
 
 def _native(
@@ -173,7 +175,7 @@ def softmax_score(
 
 def catalog_topk(
     users: Tensor,
-    catalog: Tensor,
+    catalog: Tensor | Catalog,
     k: int,
     *,
     exclude: tuple[Tensor, Tensor] | None = None,
@@ -184,7 +186,7 @@ def catalog_topk(
 
     Args:
         users: `[B, D]`.
-        catalog: `[N, D]`, `k <= N`.
+        catalog: `[N, D]`, `k <= N`; or a `Catalog`, whose own bias holds where none is given.
         exclude: `(ids, offsets [B + 1])`: items that a user is not to be given (already seen), in any order,
             repeats allowed.
         bias: `[N]`, added to the logits and part of the scores; -inf hides an item.
@@ -196,19 +198,9 @@ def catalog_topk(
         lse)` is a probability. Where fewer than k are left: score -inf and id -1. An item whose score is NaN
         comes after all others, that is never (and `lse` is NaN). Forward only.
     """
-    if exclude is not None and not (isinstance(exclude, tuple | list) and len(exclude) == 2):
-        raise TypeError(f"catalog_topk: exclude must be a pair (ids, offsets), got {type(exclude).__name__}")
-    exclude_ids, exclude_offsets = (None, None) if exclude is None else exclude
-    return ops.call(
-        "catalog_topk",
-        users,
-        catalog,
-        k,
-        exclude_ids=exclude_ids,
-        exclude_offsets=exclude_offsets,
-        bias=bias,
-        temperature=temperature,
-    )
+    if isinstance(catalog, Catalog):
+        return catalog.topk(users, k, exclude=exclude, bias=bias, temperature=temperature)
+    return search(users, catalog, k, exclude=exclude, bias=bias, temperature=temperature)
 
 
 def catalog_cross_entropy(

@@ -1,0 +1,91 @@
+"""The filter in front of a catalogue's rows: codes of bf16 or int8, and by how much they may be wrong.
+
+The op `catalog_filter` makes it. Item i stands in panel i // PANEL at place i % PANEL, and nothing in a panel
+depends on the other items: single items are written in place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from attnrec import ops
+
+DTYPES = ("fp32", "bf16", "int8")  # "fp32": no filter
+PANEL = 32
+LAYOUT = "panels of 32 items, version 1"  # for files: with another one a filter is made anew
+CODES = {"bf16": (torch.bfloat16, 2), "int8": (torch.uint8, 4)}  # and how many dims stand together
+
+
+@dataclass(frozen=True)
+class Filter:
+    codes: Tensor  # [panels, D / 2 (bf16) or D / 4 (int8), PANEL, 2 or 4]
+    scale: Tensor  # float32 [N], int8 only, else [0]
+    error: Tensor  # bfloat16 [N, 2]
+
+    NAMES: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "error"})
+
+    @classmethod
+    def of(cls, rows: Tensor, dtype: str) -> Filter | None:
+        """The filter of some rows; None where there is none: for "fp32", and on devices other than the CPU,
+        whose kernels read the rows."""
+        if dtype == "fp32" or rows.device.type != "cpu":
+            return None
+        return cls(*ops.call("catalog_filter", rows, dtype))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that they have in files."""
+        return {name: getattr(self, name) for name in self.NAMES}
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """Of the op `catalog_topk`."""
+        return {"filter": self.codes, "filter_scale": self.scale, "filter_error": self.error}
+
+    def fits(self, count: int, dim: int, dtype: str) -> bool:
+        """Whether these can be the tensors of so many items."""
+        kind, together = CODES[dtype]
+        shapes = {
+            "codes": (kind, [_panels(count), -(-dim // together), PANEL, together]),
+            "scale": (torch.float32, [count if dtype == "int8" else 0]),
+            "error": (torch.bfloat16, [count, 2]),
+        }
+        return all((x.dtype, list(x.shape)) == shapes[name] for name, x in self.tensors.items())
+
+    def first(self, count: int) -> Filter:
+        """That of the first items: views."""
+        return Filter(self.codes[: _panels(count)], self.scale[:count], self.error[:count])
+
+    def copied(self, count: int, capacity: int) -> Filter:
+        """That of the first items in memory of its own, with so much room."""
+        seen = self.first(count)
+        scaled = self.codes.dtype == torch.uint8
+        return Filter(
+            roomy(seen.codes, _panels(capacity)),
+            roomy(seen.scale, capacity if scaled else 0),
+            roomy(seen.error, capacity),
+        )
+
+    def write(self, ids: Tensor, other: Filter) -> None:
+        """Puts the items of another filter at these places."""
+        at = torch.arange(len(ids), device=ids.device)
+        # Indices on both sides of a slice: the indexed dimension comes first in both, [m, D / n, n].
+        self.codes[ids // PANEL, :, ids % PANEL] = other.codes[at // PANEL, :, at % PANEL]
+        if self.codes.dtype == torch.uint8:
+            self.scale[ids] = other.scale
+        self.error[ids] = other.error
+
+
+def _panels(count: int) -> int:
+    return -(-count // PANEL)
+
+
+def roomy(x: Tensor, size: int) -> Tensor:
+    """A copy with room for so many in the first dimension."""
+    out = x.new_empty((size, *x.shape[1:]))
+    out[: len(x)] = x
+    return out

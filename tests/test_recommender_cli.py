@@ -124,8 +124,9 @@ def test_demo_writes_what_it_promises(folder, tmp_path):
 
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert set(found) == {"retrieval", "popularity", "ranking", "seconds", "environment"}
-    assert set(found["retrieval"]) == {"hr@10", "ndcg@10", "mrr@10", "coverage@10", "diversity@10"}
-    assert set(found["popularity"]) == {"hr@10", "ndcg@10"}
+    names = ("hr", "ndcg", "mrr", "coverage", "gini", "diversity", "novelty", "arp", "lift")
+    assert set(found["retrieval"]) == {f"{name}@{k}" for name in names for k in (5, 10, 20)}
+    assert set(found["popularity"]) == set(found["retrieval"])
     assert set(found["ranking"]) == {"auc", "gauc", "logloss"}
     assert found["seconds"] > 0
     assert isinstance(found["environment"], dict)
@@ -166,4 +167,6 @@ def test_demo_writes_what_it_promises(folder, tmp_path):
     assert all(path.read_bytes() != content for path, content in before.items())  # other settings: afresh
     page = (tmp_path / "report.html").read_text()
     assert page.count("<section>") == 3
+    for name in (*names, "retrieval @20"):
+        assert f">{name}<" in page
     assert "gauc" in page

@@ -214,8 +214,13 @@ def test_retrieval_trains_on_training_events_only(data):
 def test_lists_hold_nothing_that_was_seen(data):
     task = make("retrieval", data)
     task.model.eval()
-    _, users, ids, probabilities = task.test()
-    assert ids.shape == (len(data.user_names), 10)
+    batches = []
+    task.test(lambda *batch: batches.append(batch))
+    users, ids, probabilities = (
+        np.concatenate([b[0] for b in batches]),
+        *(torch.cat([b[i] for b in batches]) for i in (1, 2)),
+    )
+    assert ids.shape == (len(data.user_names), 20)
     for user, row in zip(users, ids.tolist(), strict=True):
         seen = set(data.item[data.history(user)][:-1].tolist())
         listed = [item for item in row if item >= 0]

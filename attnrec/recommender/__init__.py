@@ -14,6 +14,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .data import Fields, Interactions, load
+from .evaluation import catalog_lists, evaluate
+from .metrics import ListMetrics, click_metrics
 from .model import Candidates, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
 from .tasks import Encoded, RankingTask, RetrievalTask, encode_data, restore
 from .train import TrainConfig, fit
@@ -24,6 +26,7 @@ __all__ = [
     "Fields",
     "History",
     "Interactions",
+    "ListMetrics",
     "Ranking",
     "RankingConfig",
     "RankingTask",
@@ -31,7 +34,10 @@ __all__ = [
     "RetrievalConfig",
     "RetrievalTask",
     "TrainConfig",
+    "catalog_lists",
+    "click_metrics",
     "encode_data",
+    "evaluate",
     "fit",
     "load",
     "restore",

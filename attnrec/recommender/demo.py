@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from torch import Tensor
 
 from . import report, runs
 from .checkpoint import CheckpointError, write_file
@@ -21,7 +22,7 @@ from .cli import MENDABLE
 from .data import Interactions, load
 from .movielens import movielens_100k
 from .serve import Recommender
-from .tasks import Encoded, RankingTask, RetrievalTask, encode_data, popularity
+from .tasks import Encoded, K, RankingTask, RetrievalTask, encode_data, popularity
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,12 +64,14 @@ def run(folder: Path, out: Path, console: Console, **training: Any) -> None:
     seconds += sum(row["seconds"] for row in retrieval_rows + ranking_rows)
     started = time.perf_counter()
 
-    found_lists, users, ids, probabilities = retrieval.test()
+    listed: list[tuple[np.ndarray, Tensor, Tensor]] = []
+    found_lists = retrieval.test(lambda *batch: listed.append(batch))
+    users, ids, probabilities = (np.concatenate(column) for column in zip(*listed, strict=True))
     found_clicks, rows, clicks = ranking.test()
     report.write_csv(
         out / "recommendations.csv",
         ["user", "rank", "item", "title", "probability"],
-        _lists(data, users, ids.numpy(), probabilities.numpy()),
+        _lists(data, users, ids[:, :K], probabilities[:, :K]),
     )
     report.write_csv(
         out / "ranking.csv",
@@ -104,7 +107,7 @@ def _train(head: str, encoded: Encoded, out: Path, console: Console, **training:
 def _lists(
     data: Interactions, users: np.ndarray, ids: np.ndarray, probabilities: np.ndarray
 ) -> Iterator[tuple[str, int, str, str, str]]:
-    """Rows of recommendations.csv: the lists that the retrieval metrics measure."""
+    """Rows of recommendations.csv: of the lists that the retrieval metrics measure the first K items."""
     for user, items, chances in zip(users, ids, probabilities, strict=True):
         for rank, (item, chance) in enumerate(zip(items, chances, strict=True), start=1):
             if item >= 0:

@@ -7,7 +7,7 @@ import html
 import io
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from matplotlib import pyplot
 
 from attnrec._extension import extension
 
+from . import runs
 from .checkpoint import write_file
 from .data import Interactions
 from .serve import Explanation, Recommender
@@ -120,15 +121,12 @@ def page(metrics: dict[str, Any], recommender: Recommender, users: list[int]) ->
 
 
 def _metrics_table(metrics: dict[str, Any]) -> str:
-    rows = [
-        (group, name, f"{value:.4f}")
-        for group in ("retrieval", "popularity", "ranking")
-        for name, value in metrics[group].items()
-    ]
+    ranking = [(name, f"{value:.4f}") for name, value in metrics["ranking"].items()]
     where = ", ".join(f"{name} {value}" for name, value in metrics["environment"].items())
     return (
         "<h2>Metrics on the test events</h2>"
-        + _table(("head", "metric", "value"), rows)
+        + _table(*runs.list_rows(metrics))
+        + _table(("ranking", "value"), ranking)
         + f"<small>{metrics['seconds']:.0f} s on {html.escape(where)}</small>"
     )
 
@@ -171,7 +169,7 @@ def _strip(data: Interactions, explanation: Explanation) -> str:
     return "".join(lines)
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: Sequence[str], rows: list[tuple[str, ...]]) -> str:
     head = "".join(f"<th>{html.escape(name)}" for name in header)
     body = "".join(
         "<tr>" + "".join(f"<td{_is_number(cell)}>{html.escape(cell)}" for cell in row) for row in rows
@@ -180,4 +178,4 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _is_number(cell: str) -> str:
-    return " class=number" if cell.replace(".", "", 1).isdigit() else ""
+    return " class=number" if cell.removeprefix("-").replace(".", "", 1).isdigit() else ""

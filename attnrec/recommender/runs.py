@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -99,16 +99,31 @@ def _tensorboard_log(folder: Path) -> Iterator[Any]:
 def evaluate(encoded: Encoded, retrieval: RetrievalTask, ranking: RankingTask) -> dict[str, Any]:
     """The metrics of both heads and of the popularity baseline on the test events."""
     return {
-        "retrieval": retrieval.test()[0],
+        "retrieval": retrieval.test(),
         "popularity": popularity(encoded),
         "ranking": ranking.test()[0],
     }
 
 
-def metrics_table(metrics: dict[str, Any]) -> Table:
-    table = Table("head", "metric", "value")
-    for group, found in metrics.items():
-        if group in (*HEADS, "popularity"):
-            for name, value in found.items():
-                table.add_row(group, name, f"{value:.4f}")
-    return table
+def metrics_table(metrics: dict[str, Any]) -> Group:
+    """What `evaluate` found, for the console."""
+    header, rows = list_rows(metrics)
+    lists = Table(*(name.replace(" ", "\n") for name in header), title="lists")
+    for row in rows:
+        lists.add_row(*row)
+    ranking = Table("metric", "value", title="ranking")
+    for name, value in metrics["ranking"].items():
+        ranking.add_row(name, f"{value:.4f}")
+    return Group(lists, ranking)
+
+
+def list_rows(metrics: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Header and rows of the metrics of lists: a row a metric, a column a head and length of the list."""
+    heads = ("retrieval", "popularity")
+    parts = [name.split("@") for name in metrics["retrieval"]]
+    names, lengths = (list(dict.fromkeys(column)) for column in zip(*parts, strict=True))
+    header = ["metric", *(f"{head} @{k}" for head in heads for k in lengths)]
+    rows = [
+        (name, *(f"{metrics[head][f'{name}@{k}']:.4f}" for head in heads for k in lengths)) for name in names
+    ]
+    return header, rows

@@ -53,9 +53,8 @@ class Recommender:
     def recommend(self, user: int, k: int) -> list[Recommendation]:
         """The k items not yet seen that the user most likely comes to next; fewer where no more are left."""
         users = np.array([user])
-        ids, probabilities = self.retrieval.lists(
-            self.retrieval.model, users, self.encoded.data.lengths[users], k
-        )
+        ends = self.encoded.data.lengths[users]
+        _, ids, probabilities = next(self.retrieval.lists(self.retrieval.model, users, ends, k))
         there = ids[0] >= 0
         items = ids[0][there].numpy()
         clicks, _ = self.ranking.judge(user, items)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,18 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnrec import catalog_topk
-
-from . import metrics
 from .checkpoint import CheckpointError, load_checkpoint, load_weights
 from .data import TEST, TRAIN, VALID, Ids, Interactions, ranking_split, retrieval_split
+from .evaluation import catalog_lists, evaluate
 from .features import Categories, Feature, Statistics, encode
+from .metrics import Jagged, click_metrics
 from .model import Candidates, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
 
-K = 10  # length of the lists
+K = 10  # length of the lists that people see
+KS = (5, K, 20)  # lengths that are measured
+# With one right item a user recall is hr, map is mrr, and precision hr / k: they would say nothing new.
+SHOWN = ("hr", "ndcg", "mrr", "coverage", "gini", "diversity", "novelty", "arp", "lift")
 LIKE = 4.0  # a rating from here on is a click
 EVALUATION_USERS = 64  # a batch
 MOST_LEVELS = 10
+OnLists = Callable[[Ids, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Encoded:
         rows, offsets = self.rows(users, ends, None if window is None else np.maximum(ends - window, 0))
         return History(self.items[rows], self.levels[rows], offsets)
 
-    def seen(self, users: Ids, ends: Ids) -> tuple[Tensor, Tensor]:
+    def seen(self, users: Ids, ends: Ids) -> Jagged:
         """What users had before `ends`, as `catalog_topk` excludes it."""
         rows, offsets = self.rows(users, ends)
         return self.items[rows], offsets
@@ -60,6 +63,22 @@ class Encoded:
         """The first feature with several categories an item, for diversity; None without one."""
         bags = [f for f in self.item_features if isinstance(f, Categories) and (f.offsets.diff() > 1).any()]
         return bags[0] if bags else None
+
+    def list_metrics(self, lists: Iterable[Tensor], users: Ids, ends: Ids) -> dict[str, float]:
+        """The metrics of users' lists, in batches; the event after the first `ends` is what is right."""
+        genres = self.genres()
+        earlier = np.flatnonzero(retrieval_split(self.data) != TEST)
+        pairs = np.unique(np.stack((self.data.user[earlier], self.data.item[earlier])), axis=1)
+        found = evaluate(
+            lists,
+            (self.items[torch.from_numpy(self.data.offsets[users] + ends)], torch.arange(len(users) + 1)),
+            KS,
+            history=self.seen(users, ends),
+            item_users=torch.from_numpy(np.bincount(pairs[1], minlength=len(self.data.item_names))),
+            users=len(self.data.user_names),
+            item_features=None if genres is None else genres.multi_hot(),
+        )
+        return {name: value for name, value in found.items() if name.split("@")[0] in SHOWN}
 
     def description(self) -> dict[str, Any]:
         """What a model of this data set depends on."""
@@ -159,26 +178,28 @@ class RetrievalTask:
         return self.model.loss(*batch)
 
     @torch.inference_mode()
-    def lists(self, model: Retrieval, users: Ids, ends: Ids, k: int = K) -> tuple[Tensor, Tensor]:
-        """Ids and probabilities `[len(users), k]` of the best items after the users' first `ends` events.
+    def lists(
+        self, model: Retrieval, users: Ids, ends: Ids, k: int = K
+    ) -> Iterator[tuple[Ids, Tensor, Tensor]]:
+        """The best items after the users' first `ends` events, a batch of users at a time.
 
-        What a user had in those is not in the list; where the catalogue has no more, the id is -1.
+        Yields:
+            The users, and ids and probabilities `[users of the batch, k]`. What a user had in those events is
+            not in the list; where the catalogue has no more, the id is -1.
         """
-        ids, probabilities = [], []
         for batch in user_batches(len(users), EVALUATION_USERS):
             history = self.encoded.history(users[batch], ends[batch], self.config.window)
             seen = self.encoded.seen(users[batch], ends[batch])
-            scores, best, lse = model.recommend(history, k, seen)
-            ids.append(best)
-            probabilities.append((scores - lse[:, None]).exp())
-        return torch.cat(ids), torch.cat(probabilities)
+            scores, ids, lse = model.recommend(history, min(k, len(self.encoded.data.item_names)), seen)
+            yield users[batch], _filled(ids, k, -1), _filled((scores - lse[:, None]).exp(), k, 0)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         users, ends = _held_out(self.encoded.data, 2)
-        ids, _ = self.lists(model, users, ends)
-        targets = self._targets(users, ends)
+        targets = self.encoded.items[torch.from_numpy(self.encoded.data.offsets[users] + ends)]
+        lists = (ids for _, ids, _ in self.lists(model, users, ends))
+        found = evaluate(lists, (targets, torch.arange(len(users) + 1)), (K,))
         return {
-            **metrics.list_metrics(ids, targets),
+            **{name: found[name] for name in (f"hr@{K}", f"ndcg@{K}", f"mrr@{K}")},
             "log likelihood": self._log_likelihood(model, users, ends, targets),
         }
 
@@ -191,19 +212,21 @@ class RetrievalTask:
         ]
         return -torch.cat(losses).mean().item()
 
-    def test(self) -> tuple[dict[str, float], Ids, Tensor, Tensor]:
-        """Metrics on the last event of each user, the users, and their lists: ids and probabilities."""
-        users, ends = _held_out(self.encoded.data, 1)
-        ids, probabilities = self.lists(self.model, users, ends)
-        found = metrics.list_metrics(ids, self._targets(users, ends))
-        found[f"coverage@{K}"] = metrics.coverage(ids, len(self.encoded.data.item_names))
-        genres = self.encoded.genres()
-        if genres is not None:
-            found[f"diversity@{K}"] = metrics.diversity(ids, genres.multi_hot())
-        return found, users, ids, probabilities
+    def test(self, on_lists: OnLists = lambda users, ids, probabilities: None) -> dict[str, float]:
+        """Metrics on the last event of each user.
 
-    def _targets(self, users: Ids, ends: Ids) -> Tensor:
-        return self.encoded.items[torch.from_numpy(self.encoded.data.offsets[users] + ends)]
+        Args:
+            on_lists: is called with the users of each batch and their lists, `max(KS)` items long: ids and
+                probabilities.
+        """
+        users, ends = _held_out(self.encoded.data, 1)
+
+        def lists() -> Iterator[Tensor]:
+            for batch, ids, probabilities in self.lists(self.model, users, ends, max(KS)):
+                on_lists(batch, ids, probabilities)
+                yield ids
+
+        return self.encoded.list_metrics(lists(), users, ends)
 
 
 def _held_out(data: Interactions, left: int) -> tuple[Ids, Ids]:
@@ -212,21 +235,26 @@ def _held_out(data: Interactions, left: int) -> tuple[Ids, Ids]:
     return users, data.lengths[users] - left
 
 
+def _filled(lists: Tensor, k: int, value: float) -> Tensor:
+    """Lists `[users, k]` also where the catalogue has fewer items."""
+    return F.pad(lists, (0, k - lists.shape[1]), value=value)
+
+
 def popularity(encoded: Encoded) -> dict[str, float]:
     """The baseline: the same lists, by how many events an item has, not counting each user's last."""
     data = encoded.data
     users, ends = _held_out(data, 1)
     counted = retrieval_split(data) != TEST
     counts = torch.from_numpy(np.bincount(data.item[counted], minlength=len(data.item_names))).float()
-    _, ids, _ = catalog_topk(
+    longest = max(KS)
+    lists = catalog_lists(
         torch.zeros(len(users), 8),
         torch.zeros(len(counts), 8),
-        K,
+        min(longest, len(counts)),
         exclude=encoded.seen(users, ends),
         bias=counts,
     )
-    found = metrics.list_metrics(ids, encoded.items[torch.from_numpy(data.offsets[users] + ends)])
-    return {name: found[name] for name in (f"hr@{K}", f"ndcg@{K}")}
+    return encoded.list_metrics((_filled(ids, longest, -1) for ids in lists), users, ends)
 
 
 @dataclass(frozen=True)
@@ -319,11 +347,9 @@ class RankingTask:
     def _metrics(self, probabilities: Tensor, rows: Tensor) -> dict[str, float]:
         labels = torch.from_numpy(self.likes)[rows]
         users = torch.from_numpy(self.encoded.data.user)[rows]
-        return {
-            "auc": metrics.auc(probabilities, labels),
-            "gauc": metrics.grouped_auc(probabilities, labels, users),
-            "logloss": metrics.log_loss(probabilities, labels),
-        }
+        found = click_metrics(exact=True)  # all events are in memory anyway
+        found.update(probabilities, labels, groups=users)
+        return {name: value.item() for name, value in found.compute().items()}
 
     def _impressions(self, users: Ids, part: int, order: Tensor | None = None) -> RankingBatch:
         """The users' events of a part as candidates, each of which sees the events before it and no more."""

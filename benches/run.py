@@ -20,6 +20,7 @@ from benches.measure import (
     give_back_free_memory,
     interleaved,
     peak_memory,
+    quick_collections,
     synchronize,
 )
 
@@ -75,7 +76,7 @@ def run_case(
         "wrong": {},
     }
     started = time.perf_counter()
-    with thread_count(row["threads"]):
+    with thread_count(row["threads"]), quick_collections():
         problem = case.make(device)
         counts = problem.counts()
         row |= {"flops": counts.flops, "bytes": counts.bytes, "exps": counts.exps}

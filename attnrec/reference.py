@@ -232,11 +232,15 @@ def catalog_topk(
     exclude_offsets: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    filter: Tensor | None = None,
+    filter_scale: Tensor | None = None,
+    filter_error: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best items of each user: `(scores [B, k], ids [B, k], lse [B])`, ties by the lower id.
 
     Excluded items are never returned and not part of `lse`. Where fewer than k are left: score -inf, id -1. A
-    score that is NaN is as good as -inf (and makes `lse` NaN).
+    score that is NaN is as good as -inf (and makes `lse` NaN). `filter` and what belongs to it (see
+    `catalog_filter`) change nothing but the time that it takes, and with it `lse` by 0.1 at most.
     """
     # Widened before the product, not after: the ids are those of the table as given, not of rounded scores.
     users, catalog = _wide(users), _wide(catalog)
@@ -253,6 +257,47 @@ def catalog_topk(
     if not scores:
         return users.new_zeros(0, k), users.new_zeros(0, k, dtype=torch.int64), users.new_zeros(0)
     return torch.stack(scores), torch.stack(ids), torch.stack(lses)
+
+
+FILTER_PANEL = 32  # items
+FILTER_CODES = {"bf16": (torch.bfloat16, 2), "int8": (torch.uint8, 4)}  # and how many lie together
+FILTER_SMALLEST, FILTER_LARGEST = 1e-30, 1e18  # what is rounded to 0, and a norm that is not bounded
+
+
+def catalog_filter(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows `[N, D]` rounded, as a filter in front of them: `(codes, scale, error)`.
+
+    `codes [ceil(N / 32), ceil(D / n), 32, n]`: item i, element d is `codes[i // 32, d // n, i % 32, d % n]`.
+    "bf16": bfloat16, n = 2, `scale [0]`. "int8": uint8, n = 4, element = `scale[i] * (code - 128)`. What is
+    beyond N or D is 0. `error [N, 2]`, bfloat16 and never too small: `|e - rounded e|` and `|e|` of each
+    item; both inf, and its codes 0, where |e| is not finite or too large to compute with.
+    """
+    exact = _wide(rows).double()
+    norm = exact.norm(dim=1)
+    bounded = norm < FILTER_LARGEST
+    exact = exact.masked_fill(~bounded.unsqueeze(1), 0.0)
+    if dtype == "int8":
+        largest = exact.abs().amax(1) if rows.shape[1] else exact.new_zeros(rows.shape[0])
+        scale = torch.where(largest < FILTER_SMALLEST, 0.0, largest / 127).float()
+        code = (exact / scale.double().unsqueeze(1)).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127)
+        rounded, codes, zero = code * scale.double().unsqueeze(1), (code + 128).to(torch.uint8), 128
+    else:
+        scale = exact.new_empty(0, dtype=torch.float32)
+        codes = exact.masked_fill(exact.abs() < FILTER_SMALLEST, 0.0).bfloat16()
+        rounded, zero = codes.double(), 0
+    error = torch.stack([(exact - rounded).norm(dim=1), norm], 1).masked_fill(~bounded.unsqueeze(1), INF)
+    n = FILTER_CODES[dtype][1]
+    items, dim = rows.shape
+    codes = F.pad(codes, (0, -dim % n, 0, -items % FILTER_PANEL), value=zero)
+    panels = codes.view(-1, FILTER_PANEL, codes.shape[1] // n, n).transpose(1, 2).contiguous()
+    return panels, scale, _rounded_up(error)
+
+
+def _rounded_up(x: Tensor) -> Tensor:
+    """Numbers of at least 0 as bfloat16 that are not smaller."""
+    near = x.bfloat16()
+    above = (near.view(torch.int16) + 1).view(torch.bfloat16)  # the next one; inf stays where it is
+    return torch.where(near.double() < x, above, near)
 
 
 def catalog_cross_entropy(

@@ -34,8 +34,9 @@ STABLE_TORCH_LIBRARY(attnrec, m) {
       "-> (Tensor grad_users, Tensor grad_items, Tensor grad_bias)");
   m.def(
       "catalog_topk(Tensor users, Tensor catalog, SymInt k, *, Tensor? exclude_ids=None, "
-      "Tensor? exclude_offsets=None, Tensor? bias=None, float temperature=1.0) "
-      "-> (Tensor scores, Tensor ids, Tensor lse)");
+      "Tensor? exclude_offsets=None, Tensor? bias=None, float temperature=1.0, Tensor? filter=None, "
+      "Tensor? filter_scale=None, Tensor? filter_error=None) -> (Tensor scores, Tensor ids, Tensor lse)");
+  m.def("catalog_filter(Tensor rows, str dtype) -> (Tensor codes, Tensor scale, Tensor error)");
   m.def(
       "catalog_cross_entropy(Tensor users, Tensor table, Tensor target, *, float temperature=1.0, "
       "Tensor? bias=None, Tensor? logq=None, float label_smoothing=0.0, int ignore_index=-100, "

@@ -361,8 +361,11 @@ def catalog_topk(
     exclude_offsets: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    filter: Tensor | None = None,
+    filter_scale: Tensor | None = None,
+    filter_error: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best items of each user: `(scores [B, k] fp32, ids [B, k], lse [B] fp32)`."""
+    """The k best items of each user: `(scores [B, k] fp32, ids [B, k], lse [B] fp32)`, without the filter."""
     batch, dim = users.shape
     items = catalog.shape[0]
     scores = users.new_empty((batch, k), dtype=torch.float32)

@@ -13,6 +13,7 @@ from attnrec._extension import extension
 from attnrec.ops import (
     backends,
     catalog_cross_entropy,
+    catalog_filter,
     catalog_topk,
     checks,
     registration,
@@ -33,6 +34,7 @@ OPS: dict[str, Op] = {
         target_attention_weights,
         softmax_score,
         catalog_topk,
+        catalog_filter,
         catalog_cross_entropy,
     )
     for op in module.OPS

@@ -39,7 +39,8 @@ std::vector<int64_t> sorted_exclusions(const char* op, const Tensor& ids, const 
 // NaN is never returned, as if it came last; lse is NaN then.
 std::tuple<Tensor, Tensor, Tensor> catalog_topk(Tensor users, Tensor catalog, int64_t k,
                                                 OptionalTensor exclude_ids, OptionalTensor exclude_offsets,
-                                                OptionalTensor bias, double temperature) {
+                                                OptionalTensor bias, double temperature, OptionalTensor,
+                                                OptionalTensor, OptionalTensor) {
   const char* op = "catalog_topk";
   CatalogArguments arguments(op, users, "catalog", catalog, temperature);
   Attention& a = arguments.attention;

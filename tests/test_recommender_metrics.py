@@ -14,7 +14,7 @@ pytest.importorskip(
 )
 
 from attnrec.recommender import ListMetrics, catalog_lists, click_metrics, evaluate
-from attnrec.recommender.metrics import BinnedAUROC, GroupedAUC, LogLoss
+from attnrec.recommender.clicks import BinnedAUROC, GroupedAUC, LogLoss
 
 ITEMS = 60
 KS = (1, 3, 7)

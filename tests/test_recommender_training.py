@@ -236,7 +236,7 @@ def test_a_user_without_events_gets_the_most_popular(data):
     empty = History(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.tensor([0, 0]))
     nothing = (torch.empty(0, dtype=torch.long), torch.tensor([0, 0]))
     with torch.no_grad():
-        _, ids, _ = task.model.recommend(empty, 5, nothing)
+        _, ids, _ = task.model.recommend(empty, 5, nothing, task.model.catalog())
     assert ids[0, 0] == 3
 
 

@@ -13,9 +13,10 @@ except ModuleNotFoundError as error:
         f"attnrec.recommender needs {error.name}: pip install 'attnrec[recommender]'", name=error.name
     ) from error
 
+from .clicks import click_metrics
 from .data import Fields, Interactions, load
 from .evaluation import catalog_lists, evaluate
-from .metrics import ListMetrics, click_metrics
+from .metrics import ListMetrics
 from .model import Candidates, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
 from .tasks import Encoded, RankingTask, RetrievalTask, encode_data, restore
 from .train import TrainConfig, fit

@@ -15,7 +15,7 @@ from .atomic import DataSetError
 from .checkpoint import CheckpointError, write_file
 from .data import Interactions, UnknownNameError, load
 from .movielens import LICENSE, DataError, movielens_100k
-from .serve import Recommender
+from .serve import Recommender, load_heads
 from .tasks import Encoded, encode_data
 
 MOVIELENS = "movielens-100k"
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Prints and writes metrics.json.",
     )
     _places(evaluate)
+    _catalog_dtype(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
     recommend = commands.add_parser(
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "`next` is the probability among all of them, `liked` that the user would rate it 4 or more.",
     )
     _places(recommend)
+    _catalog_dtype(recommend)
     recommend.add_argument("--user", required=True, help="the user's id in the data set")
     recommend.add_argument("--k", type=_positive, default=10, help="length of the list (default: 10)")
     recommend.set_defaults(command=_recommend)
@@ -116,6 +118,15 @@ def _places(parser: argparse.ArgumentParser) -> None:
         "--data", default=MOVIELENS, help=f"{MOVIELENS} (default) or a folder of atomic files"
     )
     parser.add_argument("--run", type=Path, default=DEFAULT_RUN, help=f"run folder (default: {DEFAULT_RUN})")
+
+
+def _catalog_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--catalog-dtype",
+        choices=("fp32", "bf16", "int8"),
+        default="fp32",
+        help="of what a search of the catalogue reads first; the lists are the same (default: fp32)",
+    )
 
 
 def _positive(text: str) -> int:
@@ -172,16 +183,16 @@ def _train(options: argparse.Namespace, console: Console) -> None:
 def _evaluate(options: argparse.Namespace, console: Console) -> None:
     from . import report
 
-    recommender = Recommender.load(_encoded(options), options.run)
-    found = runs.evaluate(recommender.encoded, recommender.retrieval, recommender.ranking)
+    encoded = _encoded(options)
+    heads = load_heads(encoded, options.run)
+    found = runs.evaluate(encoded, *heads, catalog_dtype=options.catalog_dtype)
     console.print(runs.metrics_table(found))
     found["environment"] = report.environment()
     write_file(options.run / "metrics.json", json.dumps(found, indent=2).encode())
 
 
 def _recommend(options: argparse.Namespace, console: Console) -> None:
-
-    recommender = Recommender.load(_encoded(options), options.run)
+    recommender = Recommender.load(_encoded(options), options.run, options.catalog_dtype)
     data = recommender.encoded.data
     table = Table("rank", "item", "title", "next", "liked", title=f"user {options.user}")
     for rank, row in enumerate(recommender.recommend(data.user_id(options.user), options.k), start=1):

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnrec import catalog_cross_entropy, catalog_topk
+from attnrec import Catalog, catalog_cross_entropy
 from attnrec.nn import FusedMultiHeadAttention
 
 from .features import STATISTICS, Categories, Feature
+
+CatalogDtype = Literal["fp32", "bf16", "int8"]  # see Catalog.pack
 
 
 class History(NamedTuple):
@@ -158,15 +160,20 @@ class Retrieval(nn.Module):
         states = self._states(history, items)
         return catalog_cross_entropy(states, items, targets, bias=self.bias)
 
+    @torch.no_grad()
+    def catalog(self, dtype: CatalogDtype = "fp32") -> Catalog:
+        """The items as vectors, with their biases, prepared for `recommend`; `dtype` as of `Catalog.pack`."""
+        return Catalog.pack(self.items(), dtype, bias=self.bias)
+
     def recommend(
-        self, history: History, k: int, exclude: tuple[Tensor, Tensor]
+        self, history: History, k: int, exclude: tuple[Tensor, Tensor], catalog: Catalog
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The k best items of the catalogue: `(scores [B, k], ids [B, k], lse [B])`, see `catalog_topk`.
 
-        `exclude` is `(ids, offsets [B + 1])`. A user without events gets what the item biases say.
+        `exclude` is `(ids, offsets [B + 1])`, `catalog` what `self.catalog()` gave. A user without events
+        gets what the item biases say.
         """
-        items = self.items()
-        return catalog_topk(self._last_states(history, items), items, k, exclude=exclude, bias=self.bias)
+        return catalog.topk(self._last_states(history, catalog.rows), k, exclude=exclude)
 
     def next_loss(self, history: History, targets: Tensor) -> Tensor:
         """Cross-entropy of the item after each user's whole history; `targets` int64 `[B]`, result `[B]`."""

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .model import RankingConfig, RetrievalConfig
+from .model import CatalogDtype, RankingConfig, RetrievalConfig
 from .tasks import Encoded, RankingTask, RetrievalTask, popularity
 from .train import TrainConfig, fit
 
@@ -96,10 +96,15 @@ def _tensorboard_log(folder: Path) -> Iterator[Any]:
         yield writer
 
 
-def evaluate(encoded: Encoded, retrieval: RetrievalTask, ranking: RankingTask) -> dict[str, Any]:
+def evaluate(
+    encoded: Encoded,
+    retrieval: RetrievalTask,
+    ranking: RankingTask,
+    catalog_dtype: CatalogDtype = "fp32",
+) -> dict[str, Any]:
     """The metrics of both heads and of the popularity baseline on the test events."""
     return {
-        "retrieval": retrieval.test(),
+        "retrieval": retrieval.test(catalog_dtype=catalog_dtype),
         "popularity": popularity(encoded),
         "ranking": ranking.test()[0],
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .data import UnknownNameError
-from .model import RankingConfig, RetrievalConfig
+from .model import CatalogDtype, RankingConfig, RetrievalConfig
 from .tasks import Encoded, RankingTask, RetrievalTask, restore
 
 
@@ -34,27 +34,40 @@ class Explanation:
         return np.argsort(-self.weights.mean(1), kind="stable")[:count]
 
 
-class Recommender:
-    """Both heads, loaded from the folder that they were trained into."""
+def load_heads(encoded: Encoded, folder: Path) -> tuple[RetrievalTask, RankingTask]:
+    """Both heads from the folder that they were trained into; see `tasks.restore` for the errors."""
+    heads = RetrievalTask(encoded, RetrievalConfig()), RankingTask(encoded, RankingConfig())
+    for head in heads:
+        restore(head, folder)
+    return heads
 
-    def __init__(self, encoded: Encoded, retrieval: RetrievalTask, ranking: RankingTask) -> None:
+
+class Recommender:
+    """Both heads, loaded from the folder that they were trained into, and the catalogue of their items."""
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        retrieval: RetrievalTask,
+        ranking: RankingTask,
+        catalog_dtype: CatalogDtype = "fp32",
+    ) -> None:
         self.encoded = encoded
         self.retrieval = retrieval
         self.ranking = ranking
+        self.catalog = retrieval.model.catalog(catalog_dtype)
 
     @classmethod
-    def load(cls, encoded: Encoded, folder: Path) -> Recommender:
-        """See `tasks.restore` for the errors."""
-        heads = RetrievalTask(encoded, RetrievalConfig()), RankingTask(encoded, RankingConfig())
-        for head in heads:
-            restore(head, folder)
-        return cls(encoded, *heads)
+    def load(cls, encoded: Encoded, folder: Path, catalog_dtype: CatalogDtype = "fp32") -> Recommender:
+        """See `tasks.restore` for the errors, `Catalog.pack` for the dtype."""
+        return cls(encoded, *load_heads(encoded, folder), catalog_dtype)
 
     def recommend(self, user: int, k: int) -> list[Recommendation]:
         """The k items not yet seen that the user most likely comes to next; fewer where no more are left."""
         users = np.array([user])
         ends = self.encoded.data.lengths[users]
-        _, ids, probabilities = next(self.retrieval.lists(self.retrieval.model, users, ends, k))
+        lists = self.retrieval.lists(self.retrieval.model, users, ends, k, self.catalog)
+        _, ids, probabilities = next(lists)
         there = ids[0] >= 0
         items = ids[0][there].numpy()
         clicks, _ = self.ranking.judge(user, items)

@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnrec import Catalog
+
 from .checkpoint import CheckpointError, load_checkpoint, load_weights
+from .clicks import click_metrics
 from .data import TEST, TRAIN, VALID, Ids, Interactions, ranking_split, retrieval_split
 from .evaluation import catalog_lists, evaluate
 from .features import Categories, Feature, Statistics, encode
-from .metrics import Jagged, click_metrics
-from .model import Candidates, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
+from .metrics import Jagged
+from .model import Candidates, CatalogDtype, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
 
 K = 10  # length of the lists that people see
 KS = (5, K, 20)  # lengths that are measured
@@ -179,18 +182,24 @@ class RetrievalTask:
 
     @torch.inference_mode()
     def lists(
-        self, model: Retrieval, users: Ids, ends: Ids, k: int = K
+        self, model: Retrieval, users: Ids, ends: Ids, k: int = K, catalog: Catalog | None = None
     ) -> Iterator[tuple[Ids, Tensor, Tensor]]:
         """The best items after the users' first `ends` events, a batch of users at a time.
+
+        Args:
+            catalog: `model.catalog()`, where it is at hand.
 
         Yields:
             The users, and ids and probabilities `[users of the batch, k]`. What a user had in those events is
             not in the list; where the catalogue has no more, the id is -1.
         """
+        catalog = model.catalog() if catalog is None else catalog
         for batch in user_batches(len(users), EVALUATION_USERS):
             history = self.encoded.history(users[batch], ends[batch], self.config.window)
             seen = self.encoded.seen(users[batch], ends[batch])
-            scores, ids, lse = model.recommend(history, min(k, len(self.encoded.data.item_names)), seen)
+            scores, ids, lse = model.recommend(
+                history, min(k, len(self.encoded.data.item_names)), seen, catalog
+            )
             yield users[batch], _filled(ids, k, -1), _filled((scores - lse[:, None]).exp(), k, 0)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -212,17 +221,23 @@ class RetrievalTask:
         ]
         return -torch.cat(losses).mean().item()
 
-    def test(self, on_lists: OnLists = lambda users, ids, probabilities: None) -> dict[str, float]:
+    def test(
+        self,
+        on_lists: OnLists = lambda users, ids, probabilities: None,
+        catalog_dtype: CatalogDtype = "fp32",
+    ) -> dict[str, float]:
         """Metrics on the last event of each user.
 
         Args:
+            catalog_dtype: see `Catalog.pack`.
             on_lists: is called with the users of each batch and their lists, `max(KS)` items long: ids and
                 probabilities.
         """
         users, ends = _held_out(self.encoded.data, 1)
 
         def lists() -> Iterator[Tensor]:
-            for batch, ids, probabilities in self.lists(self.model, users, ends, max(KS)):
+            catalog = self.model.catalog(catalog_dtype)
+            for batch, ids, probabilities in self.lists(self.model, users, ends, max(KS), catalog):
                 on_lists(batch, ids, probabilities)
                 yield ids
 

@@ -1,6 +1,7 @@
 """attnrec: the attention of recommender models, fast."""
 
 from pathlib import Path
+from typing import Any
 
 # An install puts the kernels into this package; in a source tree that is not installed they lie beside it.
 _tree = Path(__file__).resolve().parent.parent
@@ -24,6 +25,7 @@ __all__ = [
     "Catalog",
     "CatalogFileError",
     "FusedMultiHeadAttention",
+    "ShardedCatalog",
     "catalog_cross_entropy",
     "catalog_topk",
     "debug",
@@ -34,3 +36,12 @@ __all__ = [
     "target_attention_weights",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: it imports torch.distributed.tensor, which takes half as long as torch itself.
+    if name == "ShardedCatalog":
+        from attnrec.catalog.sharded import ShardedCatalog
+
+        return ShardedCatalog
+    raise AttributeError(f"module 'attnrec' has no attribute {name!r}")

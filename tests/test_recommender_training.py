@@ -230,6 +230,19 @@ def test_lists_hold_nothing_that_was_seen(data):
     assert (probabilities.sum(1) <= 1 + 1e-5).all()
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_lists_are_the_same_whatever_the_catalogue_reads_first(data, dtype):
+    task = make("retrieval", data)
+    task.model.eval()
+    exact, filtered = [], []
+    want = task.test(lambda *batch: exact.append(batch))
+    assert task.test(lambda *batch: filtered.append(batch), dtype) == want
+    for (_, ids, chances), (_, other_ids, other_chances) in zip(exact, filtered, strict=True):
+        assert torch.equal(ids, other_ids)
+        # their sum of exponentials is approximate, by a tenth at most
+        torch.testing.assert_close(chances.log(), other_chances.log(), rtol=0, atol=0.1)
+
+
 def test_a_user_without_events_gets_the_most_popular(data):
     task = make("retrieval", data)
     task.model.bias.data[3] = 10.0

@@ -1,9 +1,9 @@
 """Metrics of ranked lists, over batches of users and in bounded memory.
 
 torchmetrics' retrieval metrics keep every list, want each missed item ranked, and loop over the users in
-Python. Here are all of them for all users of a batch and all k at once, as a torchmetrics `Metric` whose states
-are sums: it resets, moves between devices, and adds up over the ranks of `torch.distributed`. Tested against
-torchmetrics, trec_eval and RecBole.
+Python. Here are all of them for all users of a batch and all k at once, as a torchmetrics `Metric` whose
+states are sums: it resets, moves between devices, and adds up over the ranks of `torch.distributed`. Tested
+against torchmetrics, trec_eval and RecBole.
 """
 
 from __future__ import annotations

@@ -58,12 +58,15 @@ class Items:
 
     def longer(self, count: int) -> Items:
         """With so many items visible."""
+        if self.filter is not None:
+            self.filter.clear_behind(count)
         return replace(self, count=count)
 
-    def write(self, ids: Tensor, rows: Tensor, bias: Tensor | None, filter: Filter | None) -> None:
-        """Puts rows, biases (None: as they are) and the rows' filter at these places, none of them twice."""
-        self.rows[ids] = rows
+    def write(self, ids: Tensor, rows: Tensor | None, bias: Tensor | None, filter: Filter | None) -> None:
+        """Puts what is given of rows, biases and the rows' filter at these places, none of them twice."""
+        if rows is not None:
+            self.rows.index_copy_(0, ids, rows)
         if bias is not None and self.bias is not None:
-            self.bias[ids] = bias.to(self.bias.dtype)
+            self.bias.index_copy_(0, ids, bias.to(self.bias.dtype))
         if filter is not None and self.filter is not None:
             self.filter.write(ids, filter)

@@ -102,31 +102,36 @@ class Catalog:
                 packed=items.filter,
             )
 
-    def update(self, ids: Tensor | Sequence[int], rows: Tensor, *, bias: Tensor | None = None) -> None:
-        """Replaces the rows of some items.
+    def update(
+        self, ids: Tensor | Sequence[int], rows: Tensor | None = None, *, bias: Tensor | None = None
+    ) -> None:
+        """Replaces the rows of some items, their biases, or both.
 
         Args:
             ids: int32 or int64 `[m]`, or a sequence of integers. Where an id is repeated, its last row holds.
-            rows: `[m, D]`, the dtype and device of the table.
-            bias: `[m]`, the items' new biases, where the catalogue has biases; None leaves them.
+            rows: `[m, D]`, the dtype and device of the table; None leaves them.
+            bias: `[m]`, where the catalogue has biases; None leaves them. -inf hides an item.
 
-        Copies the m rows, O(m · D) time and memory, and in the first change of a catalogue that was packed
-        (not loaded) the whole table.
+        O(m · D) time and memory; the first change of a catalogue that was packed (not loaded) copies the
+        whole table.
 
         Raises:
             TypeError, ValueError: naming the argument; the catalogue is as before.
         """
         with self._guard.changing(), _plain():
-            check = Check("Catalog.update", ("rows", rows))
             items = self._items
+            check = Check("Catalog.update", ("the catalogue", items.rows))
             if not isinstance(ids, Tensor):
                 ids = torch.tensor(ids, dtype=torch.int64, device=items.rows.device)
             check.tensor("ids", ids, "[m]", (None,), INTEGERS)
-            self._check_rows(check, rows, bias, len(ids))
+            if rows is None and bias is None:
+                check.fail("rows", "be given, or bias", None)
+            self._check(check, rows, bias, len(ids))
             check.within("ids", ids, 0, items.count - 1, "the last item")
-            ids, order = _last_of_each(ids)
-            rows, bias = rows[order], None if bias is None else bias[order]
-            packed = Filter.of(rows, self._dtype)
+            ids, last = _last_of_each(ids)
+            rows = None if rows is None else rows[last]
+            bias = None if bias is None else bias[last]
+            packed = None if rows is None else Filter.of(rows, self._dtype)
             items = self._items = self._with_room(items.count)
             with self._guard.writing(), _settled(items.rows.device):
                 items.write(ids, rows, bias, packed)
@@ -145,8 +150,8 @@ class Catalog:
             TypeError, ValueError: naming the argument; the catalogue is as before.
         """
         with self._guard.changing(), _plain():
-            check = Check("Catalog.append", ("rows", rows))
-            self._check_rows(check, rows, bias, None)
+            check = Check("Catalog.append", ("the catalogue", self._items.rows))
+            self._check(check, rows, bias, None)
             first = self._items.count
             if bias is None and self._items.bias is not None:
                 check.fail("bias", "be given: the catalogue has biases", None)
@@ -154,7 +159,7 @@ class Catalog:
             items = self._items = self._with_room(new.stop)
             places = torch.arange(new.start, new.stop, device=rows.device)
             with _settled(rows.device):  # nobody reads there yet
-                items.write(places, rows.detach(), bias, Filter.of(rows.detach(), self._dtype))
+                items.write(places, rows, bias, Filter.of(rows, self._dtype))
             self._items = items.longer(new.stop)
             return new
 
@@ -232,15 +237,16 @@ class Catalog:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a Catalog is not pickled or copied: use save and load, or Catalog.pack on its rows")
 
-    def _check_rows(self, check: Check, rows: Tensor, bias: Tensor | None, count: int | None) -> None:
+    def _check(self, check: Check, rows: Any, bias: Any, count: int | None) -> None:
+        """Of a change; without rows there are `count` biases."""
         items = self._items
-        check.tensor("rows", rows, "[m, D]", (count, self.dim), (items.rows.dtype,))
-        if rows.device != items.rows.device:
-            check.fail("rows", f"be on {items.rows.device} as the catalogue is", rows.device)
+        if rows is not None or count is None:
+            check.tensor("rows", rows, "[m, D]", (count, self.dim), (items.rows.dtype,))
+            count = len(rows)
+        if bias is not None and items.bias is None:
+            check.fail("bias", "be left out: the catalogue has none", type(bias).__name__)
         if bias is not None:
-            if items.bias is None:
-                check.fail("bias", "be left out: the catalogue has none", "a bias")
-            check.tensor("bias", bias, "[m]", (len(rows),), (torch.float32, items.rows.dtype))
+            check.tensor("bias", bias, "[m]", (count,), (torch.float32, items.rows.dtype))
 
     def _with_room(self, count: int) -> Items:
         """The items in memory that may be written, with room for so many."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -113,10 +114,11 @@ def evaluate(
 def metrics_table(metrics: dict[str, Any]) -> Group:
     """What `evaluate` found, for the console."""
     header, rows = list_rows(metrics)
-    lists = Table(*(name.replace(" ", "\n") for name in header), title="lists")
+    # a head and its lengths in lines of their own, and no frame: 80 columns hold it
+    lists = Table(*(name.replace(" ", "\n") for name in header), box=box.SIMPLE_HEAD, padding=0)
     for row in rows:
         lists.add_row(*row)
-    ranking = Table("metric", "value", title="ranking")
+    ranking = Table("ranking", "value", box=box.SIMPLE_HEAD, pad_edge=False)
     for name, value in metrics["ranking"].items():
         ranking.add_row(name, f"{value:.4f}")
     return Group(lists, ranking)

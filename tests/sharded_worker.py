@@ -1,6 +1,6 @@
 """One rank of test_sharded_catalog.py: does every check and writes what it found as files.
 
-    torchrun --nproc-per-node 2 tests/sharded_worker.py FOLDER
+    torchrun --nproc-per-node 2 tests/sharded_worker.py FOLDER [killed|stopped]
 
 Each rank writes `FOLDER/<check>.<rank>`: empty where the check passed, else the traceback. Starting processes
 takes seconds, so that one launch does them all. Imported, the checks run on one rank, without torchrun.
@@ -9,7 +9,9 @@ takes seconds, so that one launch does them all. Imported, the checks run on one
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -23,11 +25,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import attnrec
 from attnrec import ShardedCatalog, reference
+from attnrec.catalog import sharded_checkpoint
 from attnrec.catalog.sharded_group import Group
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 INF, NAN = float("inf"), float("nan")
 IGNORED = -100
+LOST_TIMEOUT = 5  # seconds
+FOLDER = Path()  # where the checks write
 CHECKS = {}
 
 
@@ -415,9 +420,115 @@ def lookups_and_their_gradients():
         torch.testing.assert_close(whole(mine.grad), leaf.grad)
 
 
-def main(folder: Path) -> None:
-    torch.use_deterministic_algorithms(True, warn_only=True)  # and poisoned memory, as in conftest.py
-    torch.utils.deterministic.fill_uninitialized_memory = True
+# --- changing, files ----------------------------------------------------------------------------------------
+
+
+def assert_answers_as(catalog, table):
+    users, k = normal(5, table.shape[1], seed=9).to(table.dtype), min(20, len(table))
+    assert len(catalog) == len(table)
+    assert_same_lists(catalog.topk(users, k), attnrec.catalog_topk(users, table, k))
+
+
+@check
+def update_append_and_balance():
+    table = normal(40, 8)
+    for catalog in catalogues(table):
+        now = table.clone()
+        ids = torch.tensor([39, 0, 13, 0, 27])
+        now[ids[1:]] = new = normal(5, 8, seed=1)[1:]
+        now[39] = normal(5, 8, seed=1)[0]
+        now[0] = new[2]  # the last of the repeated ones
+        catalog.update(ids, normal(5, 8, seed=1))
+        assert_answers_as(catalog, now)
+        assert torch.equal(catalog.lookup(torch.arange(40)), now)
+        for count in (1, 30, 0):
+            more = normal(count, 8, seed=2)
+            assert catalog.append(more) == range(len(now), len(now) + count)
+            now = torch.cat([now, more])
+            assert_answers_as(catalog, now)
+        assert catalog.starts[:-1] == (catalog.starts[0], *catalog.starts[1:-1])
+        catalog.balance()
+        assert list(catalog.starts) == even(71)
+        assert torch.equal(catalog.rows, own(now))
+        assert_answers_as(catalog, now)
+    assert torch.equal(table, normal(40, 8))  # what was given is not written
+    trained = ShardedCatalog(table.clone().requires_grad_())
+    if len(trained.rows):
+        assert_raises(ValueError, "have a gradient", trained.append, normal(1, 8))
+    assert_raises(
+        ValueError, "ids must be from 0", ShardedCatalog(table).update, torch.tensor([40]), normal(1, 8)
+    )
+
+
+def tables():
+    return {
+        "a": normal(37, 16, dtype=torch.bfloat16),
+        "b": normal(5, 8, dtype=torch.float64),
+        "c": normal(0, 8),
+    }
+
+
+def save_all(folder):
+    for name, table in tables().items():
+        ShardedCatalog(table).save(folder / name)
+
+
+def load_all(folder):
+    for name, table in tables().items():
+        catalog = ShardedCatalog.load(folder / name)
+        assert list(catalog.starts) == even(len(table))
+        assert torch.equal(catalog.rows, own(table))
+        assert catalog.rows.dtype == table.dtype
+
+
+@check
+def saved_and_loaded():
+    assert_raises(FileNotFoundError, "no checkpoint", ShardedCatalog.load, FOLDER / "nothing")
+    save_all(FOLDER / f"saved-{RANKS}")
+    load_all(FOLDER / f"saved-{RANKS}")
+    from_ranks = FOLDER / f"saved-{RANKS // 2}"  # 1 to 2, 2 to 4
+    if RANKS > 1:
+        load_all(from_ranks)
+
+
+@check
+def saved_with_uneven_rows():
+    table, more = normal(30, 8), normal(17, 8, seed=1)
+    for number, catalog in enumerate(catalogues(table)):
+        catalog.append(more)
+        catalog.save(FOLDER / f"uneven-{RANKS}-{number}")
+        loaded = ShardedCatalog.load(FOLDER / f"uneven-{RANKS}-{number}")
+        assert torch.equal(loaded.rows, own(torch.cat([table, more])))
+
+
+@check
+def a_failed_write_leaves_the_old_checkpoint():
+    folder, old, new = FOLDER / f"failed-{RANKS}", normal(20, 8), normal(24, 8, seed=1)
+    ShardedCatalog(old).save(folder)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    for place, name, rank in (
+        (torch.distributed.checkpoint.HuggingFaceStorageWriter, "write_data", RANKS - 1),
+        (sharded_checkpoint, "write_file", 0),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == RANK:
+                patch.setattr(place, name, full)
+            assert_raises(
+                RuntimeError, f"could not be written: on rank {rank}", ShardedCatalog(new).save, folder
+            )
+        assert torch.equal(ShardedCatalog.load(folder).rows, own(old))
+    ShardedCatalog(new).save(folder)  # over what the failed ones left
+    assert torch.equal(ShardedCatalog.load(folder).rows, own(new))
+    assert sorted(x.name for x in folder.iterdir()) == ["000001", "current"]
+
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+
+def run_checks() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for name, function in CHECKS.items():
         dist.barrier()
@@ -426,9 +537,28 @@ def main(folder: Path) -> None:
             said = ""
         except Exception:
             said = traceback.format_exc()
-        (folder / f"{name}.{RANK}").write_text(said)
+        (FOLDER / f"{name}.{RANK}").write_text(said)
     dist.destroy_process_group()
 
 
+def lose_a_rank(how: str) -> None:
+    """The last rank ends in the middle of a loop; the others write how long they waited, and the error."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=LOST_TIMEOUT))
+    (users, table, target), _ = loss_arguments(30, 40, 8)
+    catalog = ShardedCatalog(table.requires_grad_())
+    for step in range(1000):
+        if step == 5 and RANK == RANKS - 1:
+            os.kill(os.getpid(), {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}[how])
+        started = time.monotonic()
+        try:
+            catalog.cross_entropy(users, target).backward()
+        except Exception as error:
+            (FOLDER / f"{how}.{RANK}").write_text(f"{time.monotonic() - started}\n{error}")
+            raise
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # and poisoned memory, as in conftest.py
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    FOLDER = Path(sys.argv[1])
+    run_checks() if len(sys.argv) == 2 else lose_a_rank(sys.argv[2])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,22 +31,36 @@ def torchrun(ranks, *arguments, timeout=180):
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory):
-    """The folder with the findings of so many ranks."""
-    folders: dict[int, Path] = {}
+def folder(tmp_path_factory):
+    """Where all of them find what one process, then two, then four saved."""
+    folder = tmp_path_factory.mktemp("sharded")
+    sharded_worker.save_all(folder / "saved-1")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(folder):
+    """Runs the checks on so many ranks, once."""
+    done: set[int] = set()
 
     def launch(ranks):
-        if ranks not in folders:
-            folders[ranks] = tmp_path_factory.mktemp(f"ranks{ranks}")
-            ended = torchrun(ranks, TESTS / "sharded_worker.py", folders[ranks])
+        if ranks not in done:
+            ended = torchrun(ranks, TESTS / "sharded_worker.py", folder)
             assert ended.returncode == 0, ended.stderr[-4000:]
-        return folders[ranks]
+            findings = folder / f"ranks-{ranks}"
+            findings.mkdir()
+            for name in sharded_worker.CHECKS:
+                for rank in range(ranks):
+                    (folder / f"{name}.{rank}").rename(findings / f"{name}.{rank}")
+            done.add(ranks)
+        return folder / f"ranks-{ranks}"
 
     return launch
 
 
 @pytest.mark.parametrize("name", sharded_worker.CHECKS)
-def test_on_one_rank(name):
+def test_on_one_rank(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded_worker, "FOLDER", tmp_path)
     sharded_worker.CHECKS[name]()
 
 
@@ -54,3 +70,48 @@ def test_on_ranks(launched, ranks, name):
     for rank in range(ranks):
         said = (launched(ranks) / f"{name}.{rank}").read_text()
         assert said == "", f"rank {rank} of {ranks}:\n{said}"
+
+
+def test_four_ranks_checkpoint_on_one(launched, folder):
+    launched(2)  # whose checkpoint the four have loaded
+    launched(4)
+    sharded_worker.load_all(folder / "saved-4")
+
+
+def test_a_killed_rank_ends_the_run_under_torchrun(tmp_path):
+    started = time.monotonic()
+    ended = torchrun(2, TESTS / "sharded_worker.py", tmp_path, "killed")
+    assert ended.returncode != 0
+    assert "Signal 9 (SIGKILL)" in ended.stderr
+    assert time.monotonic() - started < 60  # of which the start takes the most
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_lost_rank_is_an_error_on_the_others_within_the_timeout(how, tmp_path):
+    """Without torchrun, which would end the others itself."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, TESTS / "sharded_worker.py", tmp_path, how],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "localhost",
+                "MASTER_PORT": str(port),
+                "WORLD_SIZE": "2",
+                "RANK": str(rank),
+            },
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[0].wait(timeout=120) != 0
+        waited, said = (tmp_path / f"{how}.0").read_text().split("\n", 1)
+        assert float(waited) < 2 * sharded_worker.LOST_TIMEOUT
+        assert said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()

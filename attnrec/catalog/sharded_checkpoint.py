@@ -8,8 +8,11 @@ so that a write which fails or is killed on any rank leaves the old checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -26,8 +30,8 @@ from attnrec.files import write_file
 CURRENT, DESCRIPTION = "current", "description.json"
 
 
-class ShardedCheckpointError(ValueError):
-    """A folder that holds no checkpoint, or not one of these tensors."""
+class ShardedCheckpointError(RuntimeError):
+    """A checkpoint that could not be written or read, or is of other tensors."""
 
 
 def save(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any], group: Group) -> None:
@@ -39,7 +43,8 @@ def save(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any], 
         description: what JSON can hold; rank 0's is kept.
 
     Raises:
-        Exception: on every rank, where any of them could not write; the old checkpoint is still there then.
+        ShardedCheckpointError: on every rank, where any of them could not write; the old checkpoint is still
+            there then.
     """
     before = _current(folder)
     name = f"{0 if before is None else int(before) + 1:06}"
@@ -50,11 +55,13 @@ def save(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any], 
         shutil.rmtree(place, ignore_errors=True)  # what a killed write left
         place.mkdir(parents=True)
     group.counts(0, torch.device("cpu"))  # the folder is there before anyone writes into it
-    dcp.save(
-        {key: _at_least_1d(x) for key, x in tensors.items()},
-        storage_writer=dcp.HuggingFaceStorageWriter(str(place), save_distributed=True),
-        process_group=group.process_group,
-    )
+    with _in_words(f"{folder} could not be written"):
+        dcp.save(
+            {key: _at_least_1d(x) for key, x in tensors.items()},
+            storage_writer=dcp.HuggingFaceStorageWriter(str(place), save_distributed=True),
+            process_group=group.process_group,
+            no_dist=not _started(),
+        )
     said = None
     if group.rank == 0:
         try:
@@ -66,7 +73,7 @@ def save(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any], 
         except OSError as error:
             said = error
     if any(group.counts(said is not None, torch.device("cpu"))):
-        raise said or OSError(f"rank 0 could not complete the checkpoint in {folder}")
+        raise ShardedCheckpointError(f"{folder} could not be written: on rank 0 {said or 'it failed'}")
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -98,13 +105,14 @@ def load(folder: Path, tensors: dict[str, Tensor], group: Group) -> None:
                 f"{folder / name}: {key} must be {list(x.shape)} {x.dtype}, the checkpoint has {got}"
             )
     state = {key: x for key, x in state.items() if x.numel()}
-    dcp.load(state, storage_reader=reader, process_group=group.process_group)
+    with _in_words(f"{folder} could not be read"):
+        dcp.load(state, storage_reader=reader, process_group=group.process_group, no_dist=not _started())
 
 
 def as_shard(own: Tensor, sharding: Sharding) -> Tensor:
     """This rank's part `[n, ...]` as a DTensor of the whole, cut evenly (`Sharding.even`). No copy."""
     group = sharding.group
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _started():
         return own
     if sharding.starts != Sharding.even(group, sharding.total).starts:
         raise ValueError("as_shard: the rows must be cut evenly")
@@ -136,6 +144,22 @@ def evenly(rows: Tensor, sharding: Sharding) -> tuple[Tensor, Sharding]:
     ]
     moved = sharding.group.exchange(parts, [last - first for first, last in got])
     return torch.cat(moved), even
+
+
+@contextlib.contextmanager
+def _in_words(what: str) -> Iterator[None]:
+    """PyTorch's own exception is no Exception, and would pass by whoever handles one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is meant
+        try:
+            yield
+        except CheckpointException as error:
+            rank, (failure, _) = next(iter(error.failures.items()))
+            raise ShardedCheckpointError(f"{what}: on rank {rank} {failure!r}") from error
+
+
+def _started() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _at_least_1d(x: Tensor) -> Tensor:

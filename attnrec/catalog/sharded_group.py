@@ -39,7 +39,7 @@ class Group:
             return x.expand(self.size, *x.shape)
         out = x.new_empty(self.size, *x.shape)
         # as bytes, for backends that do not know every dtype
-        dist.all_gather_into_tensor(_bytes(out), _bytes(x), group=self.process_group)
+        dist.all_gather(list(_bytes(out).chunk(self.size)), _bytes(x), group=self.process_group)
         return out
 
     def counts(self, count: int, device: torch.device) -> list[int]:

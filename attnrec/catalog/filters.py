@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from attnrec import ops
-from attnrec.reference import FILTER_CODES
+from attnrec.reference import FILTER_CODES, catalog_filter
 from attnrec.reference import FILTER_PANEL as PANEL
 
 DTYPES = ("fp32", *FILTER_CODES)  # "fp32": no filter
@@ -34,7 +34,10 @@ class Filter:
         whose kernels read the rows."""
         if dtype == "fp32" or rows.device.type != "cpu":
             return None
-        return cls(*ops.call("catalog_filter", rows, dtype))
+        # A forced backend may have no such kernel. The filter is made all the same: the call that it was
+        # forced for may be the last, and a filter of old rows would hide new ones.
+        served = ops.explain("catalog_filter", rows, dtype).backend is not None
+        return cls(*(ops.call("catalog_filter", rows, dtype) if served else catalog_filter(rows, dtype)))
 
     @property
     def tensors(self) -> dict[str, Tensor]:

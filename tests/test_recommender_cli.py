@@ -65,6 +65,17 @@ def test_recommend(folder, run, capsys):
     assert not any(f"{title} " in row for title in seen for row in rows)
 
 
+def test_recommend_after_further_events(folder, run, capsys):
+    command = ["recommend", "--data", str(folder), "--run", str(run), "--user", "u3", "--k", "40"]
+    assert cli.main(command) == 0
+    before = [line for line in capsys.readouterr().out.splitlines() if "Title" in line]
+    item = before[0].split()[3]  # rank and item, in a frame
+    assert cli.main([*command, "--event", f"{item}=5", "--catalog-dtype", "int8"]) == 0
+    after = [line for line in capsys.readouterr().out.splitlines() if "Title" in line]
+    assert len(after) == len(before) - 1
+    assert not any(item in line.split() for line in after)
+
+
 def test_explain(folder, run, tmp_path, capsys):
     out = tmp_path / "map.png"
     command = [
@@ -90,10 +101,12 @@ def test_explain(folder, run, tmp_path, capsys):
     [
         (["recommend", "--user", "nobody"], "no user 'nobody'"),
         (["explain", "--user", "u1", "--item", "nothing"], "no item 'nothing'"),
+        (["recommend", "--user", "u1", "--event", "i3"], "event 'i3': want ITEM=RATING"),
+        (["recommend", "--user", "u1", "--event", "nothing=3"], "no item 'nothing'"),
         (["evaluate", "--run", "nowhere"], "no checkpoint"),
         (["evaluate", "--data", "nowhere"], "want one .inter file"),
     ],
-    ids=["user", "item", "run", "data"],
+    ids=["user", "item", "event", "event item", "run", "data"],
 )
 def test_mistakes_are_told_in_a_line(folder, run, capsys, command, message):
     places = [] if "--data" in command else ["--data", str(folder)]

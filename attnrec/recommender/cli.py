@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -96,6 +97,13 @@ def _parser() -> argparse.ArgumentParser:
     _places(recommend)
     _catalog_dtype(recommend)
     recommend.add_argument("--user", required=True, help="the user's id in the data set")
+    recommend.add_argument(
+        "--event",
+        action="append",
+        default=[],
+        metavar="ITEM=RATING",
+        help="something that happened since, after the events of the data set; may be repeated, in order",
+    )
     recommend.add_argument("--k", type=_positive, default=10, help="length of the list (default: 10)")
     recommend.set_defaults(command=_recommend)
 
@@ -194,8 +202,11 @@ def _evaluate(options: argparse.Namespace, console: Console) -> None:
 def _recommend(options: argparse.Namespace, console: Console) -> None:
     recommender = Recommender.load(_encoded(options), options.run, options.catalog_dtype)
     data = recommender.encoded.data
+    session = recommender.follow(data.user_id(options.user))
+    for event in options.event:
+        session.add(*_event(data, event))
     table = Table("rank", "item", "title", "next", "liked", title=f"user {options.user}")
-    for rank, row in enumerate(recommender.recommend(data.user_id(options.user), options.k), start=1):
+    for rank, row in enumerate(session.recommend(options.k), start=1):
         table.add_row(
             str(rank),
             data.item_names[row.item],
@@ -204,6 +215,17 @@ def _recommend(options: argparse.Namespace, console: Console) -> None:
             f"{row.click:.2f}",
         )
     console.print(table)
+
+
+def _event(data: Interactions, text: str) -> tuple[int, float]:
+    name, _, rating = text.rpartition("=")
+    try:
+        number = float(rating)
+    except ValueError:
+        number = math.nan
+    if not name or math.isnan(number):
+        raise DataSetError(f"event {text!r}: want ITEM=RATING, such as {data.item_names[0]}=4")
+    return data.item_id(name), number
 
 
 def _explain(options: argparse.Namespace, console: Console) -> None:

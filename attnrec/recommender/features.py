@@ -99,8 +99,10 @@ class Statistics:
 
     def __init__(self, data: Interactions, likes: NDArray[np.bool_], counted: NDArray[np.bool_]) -> None:
         self._data = data
-        opinions = np.stack((data.rating - data.rating[counted].mean(), np.where(likes, 1.0, -1.0)), axis=1)
-        self._user_states = _user_states(data, opinions)
+        self._middle = data.rating[counted].mean()
+        opinions = self._opinions = self._opinions_of(data.rating, likes)
+        states = [_user_states(opinions[data.history(user)]) for user in range(len(data.user_names))]
+        self._user_states = np.concatenate(states)
         self._times = np.unique(data.time)
         moments = self._moment(data.item[counted], data.time[counted])
         order = np.argsort(moments)
@@ -114,10 +116,18 @@ class Statistics:
         states = self._user_states[np.arange(len(data.user)) + data.user]
         return self._columns(states, data.item, data.time)
 
-    def now(self, user: int, items: Ids) -> Tensor:
-        """`[len(items), S]`: after all events of the user."""
+    def now(
+        self, user: int, items: Ids, later: tuple[NDArray[np.float32], NDArray[np.bool_]] | None = None
+    ) -> Tensor:
+        """`[len(items), S]`: after all events of the user, and `later` ones: their ratings and likes."""
         last = self._user_states[int(self._data.offsets[user + 1]) + user]
+        if later is not None:
+            events = (self._opinions[self._data.history(user)], self._opinions_of(*later))
+            last = _user_states(np.concatenate(events))[-1]
         return self._columns(np.tile(last, (len(items), 1)), items, np.full(len(items), np.inf))
+
+    def _opinions_of(self, rating: NDArray[np.float32], likes: NDArray[np.bool_]) -> NDArray[np.float64]:
+        return np.stack((rating - self._middle, np.where(likes, 1.0, -1.0)), axis=1)
 
     def _columns(self, states: NDArray[np.float64], items: Ids, times: NDArray[np.float64]) -> Tensor:
         first = np.searchsorted(self._moments, self._moment(items, np.full(len(items), -np.inf)))
@@ -132,16 +142,13 @@ class Statistics:
         return items * (len(self._times) + 1) + np.searchsorted(self._times, times)
 
 
-def _user_states(data: Interactions, opinions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each user's statistics after 0, 1, ... n of its events: n + 1 rows a user, `[T + users, 4]`."""
-    states = []
-    for user in range(len(data.user_names)):
-        sums = _running_sum(opinions[data.history(user)])
-        count = np.arange(len(sums))[:, None]
-        earlier = np.maximum(count - RECENT, 0)
-        recent = (sums[:, 1:] - sums[earlier[:, 0], 1:]) / (count - earlier + 3)
-        states.append(np.concatenate((np.log1p(count) / 5, sums / (count + 3), recent), axis=1))
-    return np.concatenate(states)
+def _user_states(opinions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A user's statistics after 0, 1, ... n of its events, `[n + 1, 4]`, from the opinions `[n, 2]`."""
+    sums = _running_sum(opinions)
+    count = np.arange(len(sums))[:, None]
+    earlier = np.maximum(count - RECENT, 0)
+    recent = (sums[:, 1:] - sums[earlier[:, 0], 1:]) / (count - earlier + 3)
+    return np.concatenate((np.log1p(count) / 5, sums / (count + 3), recent), axis=1)
 
 
 def _running_sum(rows: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from attnrec import Catalog, catalog_cross_entropy
 from attnrec.nn import FusedMultiHeadAttention
 
+from .cache import KeyValueCache
 from .features import STATISTICS, Categories, Feature
 
 CatalogDtype = Literal["fp32", "bf16", "int8"]  # see Catalog.pack
@@ -85,11 +86,21 @@ class EncoderLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """With a cache `x` are one user's events after those of the cache, which they are added to."""
         normed = self.attention_norm(x)
-        attended, _ = self.attention(
-            normed, normed, normed, need_weights=False, is_causal=True, q_offsets=offsets, kv_offsets=offsets
-        )
+        if cache is None:
+            attended, _ = self.attention(
+                normed,
+                normed,
+                normed,
+                need_weights=False,
+                is_causal=True,
+                q_offsets=offsets,
+                kv_offsets=offsets,
+            )
+        else:
+            attended = cache.attend_causally(normed)
         x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -116,14 +127,27 @@ class HistoryEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, dropout) for _ in range(layers))
 
-    def forward(self, history: History, items: Tensor, positions: Tensor | None = None) -> Tensor:
-        """`items [N, E]` is the catalogue's encoding, `positions [T, E]` is added where given."""
+    def caches(self) -> list[KeyValueCache]:
+        """Empty ones, one a layer, to encode one user's events bit by bit."""
+        return [KeyValueCache(layer.attention) for layer in self.layers]
+
+    def forward(
+        self,
+        history: History,
+        items: Tensor,
+        positions: Tensor | None = None,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """`items [N, E]` is the catalogue's encoding, `positions [T, E]` is added where given.
+
+        With `caches` the history is one user's events after those of the caches.
+        """
         # F.embedding and not items[...]: its gradient is summed in a fixed order
         x = F.embedding(history.items, items)
         x = x * self.gate(history.levels) + self.shift(history.levels)
         x = self.dropout(x if positions is None else x + positions)
-        for layer in self.layers:
-            x = layer(x, history.offsets)
+        for number, layer in enumerate(self.layers):
+            x = layer(x, history.offsets, None if caches is None else caches[number])
         return x
 
 
@@ -181,12 +205,28 @@ class Retrieval(nn.Module):
         states = self._last_states(history, items)
         return catalog_cross_entropy(states, items, targets, bias=self.bias, reduction="none")
 
+    def next_state(
+        self, history: History, items: Tensor, caches: Sequence[KeyValueCache], before: int
+    ) -> Tensor:
+        """The state `[1, E]` after one user's further events, which come after `before` in the caches.
+
+        `caches` as `self.encoder.caches()` makes them; `catalog.topk(state, ...)` is `recommend`'s answer.
+        """
+        return self._states(history, items, caches, before)[-1:]
+
     def _last_states(self, history: History, items: Tensor) -> Tensor:
         states = F.pad(self._states(history, items), (0, 0, 1, 0))  # row 0 for users without events
         return states[torch.where(history.offsets.diff() > 0, history.offsets[1:], 0)]
 
-    def _states(self, history: History, items: Tensor) -> Tensor:
-        return self.norm(self.encoder(history, items, self.positions(history.place())))
+    def _states(
+        self,
+        history: History,
+        items: Tensor,
+        caches: Sequence[KeyValueCache] | None = None,
+        before: int = 0,
+    ) -> Tensor:
+        positions = self.positions(history.place() + before)
+        return self.norm(self.encoder(history, items, positions, caches))
 
 
 @dataclass(frozen=True)
@@ -208,6 +248,13 @@ class Candidates(NamedTuple):
     statistics: Tensor  # float [T_c, S], see features.Statistics
     offsets: Tensor  # int64 [B + 1]
     visible: Tensor | None = None  # int64 [T_c]: sees only so many first events; None: all of them
+
+
+class RankingCaches(NamedTuple):
+    """What is projected of one user's events."""
+
+    history: KeyValueCache  # that candidates attend to
+    layers: list[KeyValueCache]
 
 
 class Ranking(nn.Module):
@@ -253,6 +300,21 @@ class Ranking(nn.Module):
         item = self.dropout(F.embedding(candidates.items, items))
         user = self.dropout(F.embedding(candidates.users, self.users()))
         interest, _ = self._attend(item, items, candidates, history)
+        return self._predict(candidates, item, user, interest)
+
+    def absorb(self, history: History, items: Tensor, caches: RankingCaches) -> None:
+        """Projects one user's further events; `items` is `self.items()`."""
+        caches.history.append(*self._keys_and_values(history, items, caches.layers))
+
+    def judge(self, candidates: Candidates, item: Tensor, user: Tensor, caches: RankingCaches) -> Tensor:
+        """`forward` over what the caches hold; `item` and `user` `[T_c, E]` are the candidates' encodings."""
+        return self._predict(candidates, item, user, caches.history.attend(self.query_norm(item)))
+
+    def caches(self) -> RankingCaches:
+        """Empty ones."""
+        return RankingCaches(KeyValueCache(self.attention), self.encoder.caches())
+
+    def _predict(self, candidates: Candidates, item: Tensor, user: Tensor, interest: Tensor) -> Tensor:
         match = item * (self.taste(interest) + user)
         features = torch.cat((item, user, interest, item * (interest + user), candidates.statistics), dim=-1)
         return (
@@ -277,14 +339,19 @@ class Ranking(nn.Module):
         history: History,
         need_weights: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        # the weights ask which events are like the candidate, their values say what the user thought of them
         return self.attention(
             self.query_norm(item),
-            self.key_norm(F.embedding(history.items, items)),
-            self.event_norm(self.encoder(history, items)),
+            *self._keys_and_values(history, items),
             need_weights=need_weights,
             average_attn_weights=False,
             q_offsets=candidates.offsets,
             kv_offsets=history.offsets,
             visible=candidates.visible,
         )
+
+    def _keys_and_values(
+        self, history: History, items: Tensor, caches: Sequence[KeyValueCache] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # the weights ask which events are like the candidate, their values say what the user thought of them
+        keys = self.key_norm(F.embedding(history.items, items))
+        return keys, self.event_norm(self.encoder(history, items, caches=caches))

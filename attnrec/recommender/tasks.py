@@ -46,6 +46,9 @@ class Encoded:
     def items(self) -> Tensor:
         return torch.from_numpy(self.data.item)
 
+    def level(self, rating: float) -> int:
+        return int(np.searchsorted(self.thresholds, rating, side="right"))
+
     def rows(self, users: Ids, ends: Ids, starts: Ids | None = None) -> tuple[Tensor, Tensor]:
         """The events of users from place `starts` (or 0) up to `ends`, and the offsets of the users."""
         starts = np.zeros_like(ends) if starts is None else starts
@@ -337,7 +340,7 @@ class RankingTask:
             statistics=self.statistics.now(user, items),
             offsets=torch.tensor([0, len(items)]),
         )
-        clicks = self.model(candidates, history)[:, self._click].sigmoid()
+        clicks = self.click_probability(self.model(candidates, history))
         weights, _ = self.model.weights(candidates, history)
         return clicks, weights.view(len(items), len(history.items), self.config.heads)
 
@@ -347,9 +350,13 @@ class RankingTask:
         found, rows = [], []
         for users in user_batches(len(self.encoded.data.user_names), EVALUATION_USERS):
             batch = self._impressions(users, part)
-            found.append(model(batch.candidates, batch.history)[:, self._click].sigmoid())
+            found.append(self.click_probability(model(batch.candidates, batch.history)))
             rows.append(batch.rows)
         return torch.cat(found), torch.cat(rows)
+
+    def click_probability(self, logits: Tensor) -> Tensor:
+        """Of the model's logits `[T_c, levels - 1]` the click's as a probability, `[T_c]`."""
+        return logits[:, self._click].sigmoid()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         return self._metrics(*self.probabilities(model, VALID))

@@ -42,13 +42,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dim", type=int, default=64)
     add("--dtype", choices=("fp32", "bf16", "int8"), default="int8")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--seconds", type=float, default=4.0, help="of serving, without and with updates each")
+    add(
+        "--seconds",
+        type=float,
+        default=4.0,
+        help="of serving, without and with updates each; of a change a quarter",
+    )
     add("--updates", type=float, default=20.0, help="a second while serving, of 100 items each")
     return parser.parse_args(arguments)
 
 
-def measured(call: Callable[[], Any], seconds: float = 1.0) -> tuple[float, int | None]:
-    """Median time of a call that may be repeated, and its memory."""
+def measured(call: Callable[[], Any], seconds: float) -> tuple[float, int | None]:
+    """Median time of a call that may be repeated, in about so many seconds, and its memory."""
     memory = peak_memory(call, CPU)
     taken: list[float] = []
     while len(taken) < 3 or (sum(taken) < seconds and len(taken) < MOST_ROUNDS):
@@ -62,13 +67,13 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def changes(table: torch.Tensor, dtype: str) -> Iterator[tuple[str, float, int | None]]:
+def changes(table: torch.Tensor, dtype: str, seconds: float) -> Iterator[tuple[str, float, int | None]]:
     """Rows of the table of changes: what, seconds, bytes."""
     items, dim = table.shape
-    yield "pack", *measured(lambda: Catalog.pack(table, dtype))
+    yield "pack", *measured(lambda: Catalog.pack(table, dtype), seconds)
     yield (
         "first update, of 1 item",
-        *measured(lambda: Catalog.pack(table, "fp32").update([0], table[:1])),
+        *measured(lambda: Catalog.pack(table, "fp32").update([0], table[:1]), seconds),
     )
     catalog = Catalog.pack(table, dtype)
     catalog.update([0], table[:1])
@@ -76,7 +81,7 @@ def changes(table: torch.Tensor, dtype: str) -> Iterator[tuple[str, float, int |
         if count > items:
             break
         ids, rows = torch.randperm(items)[:count], torch.randn(count, dim)
-        yield f"update of {count:,}", *measured(lambda ids=ids, rows=rows: catalog.update(ids, rows))
+        yield f"update of {count:,}", *measured(lambda ids=ids, rows=rows: catalog.update(ids, rows), seconds)
     block = torch.randn(max(items // 100, 1), dim)
     taken: list[float] = []
     while len(catalog) < 2 * items:  # 100 calls, of which the first moves the catalogue
@@ -87,13 +92,18 @@ def changes(table: torch.Tensor, dtype: str) -> Iterator[tuple[str, float, int |
     yield f"append of {len(block):,}, with the move", max(taken), peak_memory(lambda: full.append(block), CPU)
 
 
-def files(table: torch.Tensor, dtype: str, folder: Path) -> Iterator[tuple[str, float, int | None]]:
+def files(
+    table: torch.Tensor, dtype: str, seconds: float, folder: Path
+) -> Iterator[tuple[str, float, int | None]]:
     path = folder / "catalog.safetensors"
     catalog, user = Catalog.pack(table, dtype), torch.randn(1, table.shape[1])
-    yield "save", *measured(lambda: catalog.save(path))
-    yield "load, mapped", *measured(lambda: Catalog.load(path))
-    yield "load, mapped, and a search", *measured(lambda: Catalog.load(path).topk(user, min(K, len(table))))
-    yield "load into memory", *measured(lambda: Catalog.load(path, mmap=False))
+    yield "save", *measured(lambda: catalog.save(path), seconds)
+    yield "load, mapped", *measured(lambda: Catalog.load(path), seconds)
+    yield (
+        "load, mapped, and a search",
+        *measured(lambda: Catalog.load(path).topk(user, min(K, len(table))), seconds),
+    )
+    yield "load into memory", *measured(lambda: Catalog.load(path, mmap=False), seconds)
 
 
 @contextmanager
@@ -152,7 +162,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.say(machine.line(machine.describe(options.threads, CPU, ())))
     title = f"{options.items:,} items of {options.dim} dims in fp32 ({in_words(table.nbytes)})"
     with tempfile.TemporaryDirectory() as folder:
-        rows = [*changes(table, options.dtype), *files(table, options.dtype, Path(folder))]
+        each = options.seconds / 4
+        rows = [
+            *changes(table, options.dtype, each),
+            *files(table, options.dtype, each, Path(folder)),
+        ]
     console.table(
         f"{title}, dtype {options.dtype}",
         ("change", "time", "peak memory"),

@@ -117,6 +117,18 @@ def test_append(filter, count):
         assert_holds(catalog, table)
 
 
+def test_rows_of_its_own():
+    """The catalogue's memory is where the new rows come from, and where they go."""
+    table = random(100, 4)
+    catalog = Catalog.pack(table, "int8")
+    catalog.append(catalog.rows[:10])
+    catalog.append(catalog.rows[:10])  # there is room: the same memory
+    catalog.update(range(10), catalog.rows[5:15])
+    table = torch.cat([table, table[:10], table[:10]])
+    table[:10] = table[5:15].clone()
+    assert_holds(catalog, table)
+
+
 @given(
     filter=st.sampled_from(FILTERS),
     dtype=st.sampled_from(DTYPES),
@@ -184,6 +196,40 @@ def test_room_grows_by_doubling():
         places.add(catalog.rows.data_ptr())
         assert catalog._items.capacity <= 2 * len(catalog)
     assert len(places) <= 3  # 200, 400, 800
+
+
+@pytest.mark.cpu_only("peak memory of the process")
+def test_memory_of_changes(peak_memory):
+    """Of the first change the table's, of the next ones that of their rows, of growth twice the items'."""
+    table, mib = torch.randn(250_000, 64), 2**20
+    catalog = Catalog.pack(table, "int8")
+    ids, rows = torch.randperm(250_000)[:1000], torch.randn(1000, 64)
+    with peak_memory() as grown:
+        catalog.update(ids, rows)
+    assert table.nbytes / 2 < grown() < 1.2 * table.nbytes + 10 * mib  # sanitizers keep some
+    with peak_memory() as grown:
+        catalog.update(ids, rows)
+    assert grown() < 10 * mib
+    before = catalog.memory
+    with peak_memory() as grown:
+        catalog.append(rows)
+    assert catalog.memory <= 2 * before
+    assert grown() < 1.2 * catalog.memory + 10 * mib
+    with peak_memory() as grown:
+        catalog.append(rows)
+    assert grown() < 10 * mib
+
+
+@pytest.mark.cpu_only("compiled with Python's own calls")
+def test_a_compiled_function_sees_the_changes():
+    """A catalogue is no constant of a graph: the search is a break in it."""
+    catalog, users = Catalog.pack(random(50, 4)), torch.ones(1, 4)
+    compiled = torch.compile(lambda users: catalog.topk(users * 2, 1)[1] + 0, backend="eager")
+    compiled(users)
+    catalog.update([7], torch.full((1, 4), 9.0))
+    assert compiled(users).tolist() == [[7]]
+    catalog.append(torch.full((1, 4), 99.0))
+    assert compiled(users).tolist() == [[50]]
 
 
 @pytest.mark.parametrize("packed_there", [True, False])
@@ -283,6 +329,7 @@ def refusals():
     rows = torch.ones(2, 4)
     return {
         "update: a float id": (lambda c: c.update(torch.ones(2), rows), "ids must be int32 or int64"),
+        "update: half an id": (lambda c: c.update([0, 1.5], rows), "ids must be int32 or int64"),
         "update: ids of two dims": (lambda c: c.update(torch.ones(1, 2).long(), rows), r"ids .* \[m\]"),
         "update: too large an id": (lambda c: c.update([0, 10], rows), r"ids must be .* \(9\), got 10"),
         "update: a negative id": (lambda c: c.update([0, -1], rows), "ids must be from 0"),

@@ -16,6 +16,7 @@ from attnrec import ops
 from attnrec.reference import FILTER_CODES, catalog_filter
 from attnrec.reference import FILTER_PANEL as PANEL
 
+Places = Tensor | slice  # different ids, or all from the slice's start to its stop
 DTYPES = ("fp32", *FILTER_CODES)  # "fp32": no filter
 LAYOUT = "panels of 32 items, version 1"  # for files: with another one a filter is made anew
 
@@ -73,16 +74,17 @@ class Filter:
             roomy(seen.error, capacity),
         )
 
-    def write(self, ids: Tensor, other: Filter) -> None:
+    def write(self, at: Places, other: Filter) -> None:
         """Puts the items of another filter at these places."""
-        at = torch.arange(len(ids), device=ids.device)
+        source = torch.arange(len(other.error), device=other.error.device)
+        ids = at if isinstance(at, Tensor) else source + at.start
         # The two or four codes that stand together are four bytes: one number (10,000 items in 1 ms, not 6).
         # Indices on both sides of a slice: the indexed dimension comes first in both.
         codes, others = self.codes.view(torch.int32), other.codes.view(torch.int32)
-        codes[ids // PANEL, :, ids % PANEL] = others[at // PANEL, :, at % PANEL]
+        codes[ids // PANEL, :, ids % PANEL] = others[source // PANEL, :, source % PANEL]
         if self.codes.dtype == torch.uint8:
-            self.scale.index_copy_(0, ids, other.scale)
-        self.error.index_copy_(0, ids, other.error)
+            put(self.scale, at, other.scale)
+        put(self.error, at, other.error)
 
     def clear_behind(self, count: int) -> None:
         """Puts codes of 0 behind so many items in their last panel, as the packer does: what memory held
@@ -94,6 +96,14 @@ class Filter:
 
 def _panels(count: int) -> int:
     return -(-count // PANEL)
+
+
+def put(x: Tensor, at: Places, values: Tensor) -> None:
+    """Writes rows of `x`, none of them twice."""
+    if isinstance(at, slice):
+        x[at] = values
+    else:
+        x.index_copy_(0, at, values)
 
 
 def roomy(x: Tensor, size: int) -> Tensor:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from attnrec.catalog.filters import Filter, roomy
+from attnrec.catalog.filters import Filter, Places, put, roomy
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,14 @@ class Items:
         )
 
     def copied(self, capacity: int) -> Items:
-        """The same items in memory of their own, with so much room."""
+        """The same items in memory of their own, with so much room. The filter was always our own."""
         seen = self.visible
+        grows = self.filter is not None and capacity > self.capacity
         return Items(
             self.count,
             roomy(seen.rows, capacity),
             None if seen.bias is None else roomy(seen.bias, capacity),
-            self.filter.copied(self.count, capacity) if self.filter else None,
+            self.filter.copied(self.count, capacity) if grows else self.filter,
             owned=True,
         )
 
@@ -62,11 +63,11 @@ class Items:
             self.filter.clear_behind(count)
         return replace(self, count=count)
 
-    def write(self, ids: Tensor, rows: Tensor | None, bias: Tensor | None, filter: Filter | None) -> None:
-        """Puts what is given of rows, biases and the rows' filter at these places, none of them twice."""
+    def write(self, at: Places, rows: Tensor | None, bias: Tensor | None, filter: Filter | None) -> None:
+        """Puts what is given of rows, biases and the rows' filter at these places."""
         if rows is not None:
-            self.rows.index_copy_(0, ids, rows)
+            put(self.rows, at, rows)
         if bias is not None and self.bias is not None:
-            self.bias.index_copy_(0, ids, bias.to(self.bias.dtype))
+            put(self.bias, at, bias.to(self.bias.dtype))
         if filter is not None and self.filter is not None:
-            self.filter.write(ids, filter)
+            self.filter.write(at, filter)

@@ -122,7 +122,8 @@ class Catalog:
             items = self._items
             check = Check("Catalog.update", ("the catalogue", items.rows))
             if not isinstance(ids, Tensor):
-                ids = torch.tensor(ids, dtype=torch.int64, device=items.rows.device)
+                ids = torch.as_tensor(ids, device=items.rows.device)
+                ids = ids if ids.numel() else ids.long()  # an empty list is one of floats
             check.tensor("ids", ids, "[m]", (None,), INTEGERS)
             if rows is None and bias is None:
                 check.fail("rows", "be given, or bias", None)
@@ -157,9 +158,8 @@ class Catalog:
                 check.fail("bias", "be given: the catalogue has biases", None)
             new = range(first, first + len(rows))
             items = self._items = self._with_room(new.stop)
-            places = torch.arange(new.start, new.stop, device=rows.device)
             with _settled(rows.device):  # nobody reads there yet
-                items.write(places, rows, bias, Filter.of(rows, self._dtype))
+                items.write(slice(new.start, new.stop), rows, bias, Filter.of(rows, self._dtype))
             self._items = items.longer(new.stop)
             return new
 

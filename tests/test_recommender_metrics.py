@@ -332,9 +332,9 @@ def test_grouped_auc_of_one_class_is_nan():
 
 def test_log_loss_is_in_nats():
     metric = LogLoss()
-    metric.update(torch.tensor([0.5]), torch.tensor([True]))
+    metric.update(torch.tensor([0.5, 0.2]), torch.tensor([True, False]))
     metric.update(torch.tensor([0.9]), torch.tensor([1]))
-    assert metric.compute().item() == pytest.approx(-(math.log(0.5) + math.log(0.9)) / 2)
+    assert metric.compute().item() == pytest.approx(-(math.log(0.5) + math.log(0.8) + math.log(0.9)) / 3)
 
 
 @pytest.mark.parametrize(

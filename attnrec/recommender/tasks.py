@@ -21,6 +21,7 @@ from .evaluation import catalog_lists, evaluate
 from .features import Categories, Feature, Statistics, encode
 from .metrics import Jagged
 from .model import Candidates, CatalogDtype, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
+from .vocabulary import Vocabulary
 
 K = 10  # length of the lists that people see
 KS = (5, K, 20)  # lengths that are measured
@@ -45,6 +46,10 @@ class Encoded:
     @property
     def items(self) -> Tensor:
         return torch.from_numpy(self.data.item)
+
+    def vocabulary(self) -> Vocabulary:
+        """The names of a model's rows."""
+        return Vocabulary.of(self.data, self.user_features, self.item_features, self.thresholds)
 
     def level(self, rating: float) -> int:
         return int(np.searchsorted(self.thresholds, rating, side="right"))
@@ -160,6 +165,8 @@ class RetrievalTask:
             config, len(data.item_names), encoded.item_features, len(encoded.thresholds) + 1
         )
         self.description = {"head": self.name, "model": asdict(config), "data": encoded.description()}
+        self.vocabulary = vars(encoded.vocabulary())
+        self.training_users = np.arange(len(data.user_names))
         self._training = np.flatnonzero(retrieval_split(data) == TRAIN)
 
     def batches(self, size: int, random: torch.Generator) -> Iterator[tuple[History, Tensor]]:
@@ -172,7 +179,8 @@ class RetrievalTask:
         cut = window + 1 + (earlier[:, 0] * np.maximum(ends - window, 0)).astype(np.int64)
         ends = np.where((ends > window + 1) & (earlier[:, 1] < 0.5), cut, ends)
         starts = np.maximum(ends - window - 1, 0)
-        for users in user_batches(len(ends), size, random):
+        for batch in user_batches(len(self.training_users), size, random):
+            users = self.training_users[batch]
             users = users[ends[users] >= 2]
             if len(users) == 0:
                 continue
@@ -307,12 +315,14 @@ class RankingTask:
             len(encoded.thresholds) + 1,
         )
         self.description = {"head": self.name, "model": asdict(config), "data": encoded.description()}
+        self.vocabulary = vars(encoded.vocabulary())
+        self.training_users = np.arange(len(data.user_names))
 
     def batches(self, size: int, random: torch.Generator) -> Iterator[RankingBatch]:
         data = self.encoded.data
         order = shuffle_ties(data, np.flatnonzero(self._split == TRAIN), random)
-        for users in user_batches(len(data.user_names), size, random):
-            batch = self._impressions(users, TRAIN, order)
+        for users in user_batches(len(self.training_users), size, random):
+            batch = self._impressions(self.training_users[users], TRAIN, order)
             if len(batch.rows):
                 yield batch
 

@@ -36,6 +36,7 @@ import triton
 
 from . import MODULES, kernel
 from .aot_cases import OPS, Case, covering, whole
+from .launch import REGISTERS
 from .standin import MAX_SHARED_BYTES, Launched, stand_in
 
 Row = dict[str, Any]
@@ -118,6 +119,9 @@ def offence(row: Row) -> str | None:
     # A kernel that only runs over tiles with a NaN or an infinity in them may be slow.
     if row["spills"] and not row["options"].get("CAREFUL"):
         return f"spills {row['spills']} bytes a thread"
+    threads = 32 * row["options"]["num_warps"]
+    if row["registers"] * threads > REGISTERS:
+        return f"{row['registers']} registers a thread for {threads} threads, an SM has {REGISTERS}"
     most = MAX_SHARED_BYTES[row["arch"]]
     if row["shared_bytes"] > most:
         return f"{row['shared_bytes']} bytes of shared memory a block, sm_{row['arch']} has {most}"

@@ -27,8 +27,10 @@ DTYPES = {
 HEAD_DIMS = (64, 16, 32, 128, 256, 40)
 NO_YES = (False, True)
 HEADS = 4
-# Small enough to be allocated for every case; of histories a short one, and one that is split over blocks.
+# Small enough to be allocated for every case (nothing is written); of histories a short one, and one that is
+# split over blocks; of a catalogue's users few, and many, whose tiles are not cut to fill a GPU.
 SIZES = {"users": 3, "candidates": 5, "events": 70, "long": 5000, "rows": 70, "items": 3000, "negatives": 50}
+SIZES["many"] = 70_000
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def _softmax_score_backward(case: Case) -> dict[str, Any]:
 
 def _catalog_topk(case: Case) -> dict[str, Any]:
     dtype, dim, sizes = DTYPES[case["dtype"]], case["head_dim"], _sizes(case)
-    users, items = 200 if case["users"] == "many" else sizes["users"], sizes["items"]
+    users, items = sizes["many"] if case["users"] == "many" else sizes["users"], sizes["items"]
     return {
         "users": _rows(users, dim, dtype=dtype, strided=case["strided"]),
         "catalog": _rows(items, dim, dtype=dtype, strided=case["strided"]),

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from . import selection as sel
 from . import streaming as st
-from .launch import native_head_dim, parameters
+from .launch import most_registers, native_head_dim, parameters
 
 EVERY = 8  # of so many tiles one is sampled
 LIST_BYTES = 128 << 20
@@ -392,6 +392,7 @@ def catalog_topk(
         "HAS_EXCLUDE": excluded is not None,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        "maxnreg": most_registers(launch.num_warps),
     }
     row_tiles, factor = triton.cdiv(batch, cut.block_m), 1.0 / temperature
 
@@ -404,16 +405,15 @@ def catalog_topk(
             *inputs, best, factor, batch, cut.sampled, total, *strides,
             EVERY=EVERY, GROUPS=cut.groups, **options,
         )  # fmt: skip
-        _floor[batch,](best, floors, highest, groups, wanted, CHUNK=512)
+        _floor[batch,](best, floors, highest, groups, wanted, CHUNK=512, maxnreg=most_registers(4))
     lists = ids.new_empty(batch, cut.capacity, cut.parts)
     of_lists = (row_tiles * cut.block_m, cut.parts)
     counts = ids.new_empty(of_lists, dtype=torch.int32)
     maxima, sums = lse.new_empty(of_lists), lse.new_empty(of_lists)
-    # Without a limit ptxas aims at fewer registers and spills one of them.
     _scan[row_tiles, cut.parts](
         *inputs, floors, highest, lse.new_empty(*of_lists, launch.block_n), ids.new_empty(of_lists), counts,
         lists, maxima, sums, factor, batch, items, total, wanted, cut.capacity, cut.part, *strides,
-        HAS_SAMPLE=floors is not None, maxnreg=255, **options,
+        HAS_SAMPLE=floors is not None, **options,
     )  # fmt: skip
     best = ids.new_empty(batch, wanted)
     _select[batch,](lists, counts, maxima, sums, best, lse, cut.parts, cut.capacity, wanted, CHUNK=512)

@@ -29,6 +29,8 @@ from triton import knobs
 from triton.runtime import driver
 
 NATIVE_HEAD_DIMS = (16, 32, 64, 128, 256)
+REGISTERS = 65536  # of an SM, and the most of a block, on all architectures
+_INTERPRETED = knobs.runtime.interpret  # once: the environment is read each time
 TABLES = Path(__file__).parent / "tables"
 
 # Set while a stand-in driver (the ahead-of-time compiler's, an emulator's) takes launches on CPU tensors.
@@ -46,7 +48,22 @@ class Launch(NamedTuple):
 
 def arch() -> int:
     """Compute capability of the current device as 10 * major + minor; 80 under Triton's interpreter."""
-    return 80 if knobs.runtime.interpret else driver.active.get_current_target().arch
+    if _INTERPRETED:
+        return 80
+    active = driver.active
+    return _arch_of(type(active), active.get_current_device())
+
+
+@cache
+def _arch_of(kind: type, device: int) -> int:
+    """Kept, because a driver takes microseconds to say it: that of the current device, which `device` is."""
+    return driver.active.get_current_target().arch
+
+
+def most_registers(num_warps: int) -> int:
+    """What a thread can have, for `maxnreg`: without it ptxas stops at some number below, for the sake of
+    resident blocks, and spills a few registers instead."""
+    return min(255, REGISTERS // (32 * num_warps))
 
 
 def native_head_dim(head_dim: int) -> int:

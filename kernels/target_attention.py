@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import streaming as st
-from .launch import native_head_dim, parameters
+from .launch import most_registers, native_head_dim, parameters
 
 # Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are merged
 # in order, by the same arithmetic whether one block runs all of them or a block each (`_spread`).
@@ -377,18 +377,22 @@ def target_attention(
     in_one = "one" if parts is None else "in order"
     sizes = (users, rows, events, heads)
     strides = st.strides(query, key, value, self_key, self_value, key_bias)
+    # In half precision what ptxas chooses does not spill, and more blocks are resident with it.
+    registers = most_registers(p.num_warps) if query.dtype == torch.float32 else None
 
     def forward(apart: int, chunks: str, careful: bool) -> None:
         _forward[tiles, head_tiles, apart](
             query, key, value, *jagged, self_key, self_value, key_bias, parts, out, lse, factor, *sizes,
             *strides, GROUP=group, BLOCK_N=p.block_n, HAS_SELF=self_key is not None,
             HAS_BIAS=key_bias is not None, PRECISION=st.precision(query.dtype), CHUNKS=chunks,
-            CAREFUL=careful, num_stages=p.num_stages, **common,
+            CAREFUL=careful, num_stages=p.num_stages, maxnreg=registers, **common,
         )  # fmt: skip
 
     if apart > 1:
         forward(apart, "apart", False)
-        _merge[tiles, head_tiles, 1](*jagged, parts, out, lse, *sizes, **common)
+        _merge[tiles, head_tiles, 1](
+            *jagged, parts, out, lse, *sizes, maxnreg=most_registers(p.num_warps), **common
+        )
     else:
         forward(1, in_one, False)
     if visible is not None:

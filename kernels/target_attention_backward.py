@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import streaming as st
-from .launch import native_head_dim, parameters
+from .launch import most_registers, native_head_dim, parameters
 from .target_attention_backward_events import grad_events
 
 
@@ -370,7 +370,8 @@ def target_attention_backward(
     jagged = st.contiguous(q_offsets, kv_offsets, kv_lengths, visible)
     row_states = lse.new_empty((3, kv_heads, rows, heads // kv_heads))
     group = heads // kv_heads
-    traits = {"visible": visible is not None, "bias": key_bias is not None}
+    precision = st.precision(query.dtype)
+    traits = {"visible": visible is not None, "bias": key_bias is not None, "tf32": precision == "tf32"}
     of_rows = parameters("target_attention_backward_rows", head_dim=dim, dtype=query.dtype, **traits)
     of_events = parameters("target_attention_backward_events", head_dim=dim, dtype=query.dtype, **traits)
     block_d = native_head_dim(dim)
@@ -381,7 +382,7 @@ def target_attention_backward(
         "HAS_LENGTHS": kv_lengths is not None,
         "HAS_VISIBLE": visible is not None,
         "HAS_BIAS": key_bias is not None,
-        "PRECISION": st.precision(query.dtype),
+        "PRECISION": precision,
     }
     factor = scale * st.LOG2E.value
 
@@ -399,14 +400,14 @@ def target_attention_backward(
         )  # fmt: skip
 
     def run_events(careful: bool) -> None:
-        # Without `maxnreg` the compiler stops at 128 registers in some variants and spills instead.
         packed = st.heads_together(group, of_events.block_m, key_bias)
         grad_events[triton.cdiv(events, of_events.block_n) + users, kv_heads](
             grad_key, grad_value, grad_key_bias, row_states, grad_out, query, key, value,
             *jagged, key_bias, scale, factor, users, rows, events, heads,
             *st.strides(grad_out, query, key, value, key_bias),
             **common, PACK=packed, BLOCK_M=of_events.block_m, BLOCK_N=of_events.block_n, CAREFUL=careful,
-            num_warps=of_events.num_warps, num_stages=1 if careful else of_events.num_stages, maxnreg=255,
+            num_warps=of_events.num_warps, num_stages=1 if careful else of_events.num_stages,
+            maxnreg=most_registers(of_events.num_warps),
         )  # fmt: skip
 
     if rows:

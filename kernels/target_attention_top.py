@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import selection as sel
 from . import streaming as st
-from .launch import native_head_dim, parameters
+from .launch import most_registers, native_head_dim, parameters
 
 LIST_BYTES = 128 << 20  # of all lists that exist at a time; more rows than that go one part after the other
 
@@ -221,7 +221,7 @@ def target_attention_top(
             HAS_LENGTHS=kv_lengths is not None, HAS_VISIBLE=visible is not None,
             HAS_SELF=self_key is not None, HAS_BIAS=key_bias is not None,
             PRECISION=st.precision(query.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
-            maxnreg=255,  # without a limit ptxas aims at fewer and spills
+            maxnreg=most_registers(launch.num_warps),
         )  # fmt: skip
         used = min(at_once, tiles - first_tile) * blocks * block_m
         best = lists if sort else lists.sort(descending=True).values

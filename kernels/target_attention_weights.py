@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import streaming as st
-from .launch import native_head_dim, parameters
+from .launch import most_registers, native_head_dim, parameters
 
 
 @triton.jit
@@ -157,5 +157,6 @@ def target_attention_weights(
         HAS_LENGTHS=kv_lengths is not None, HAS_VISIBLE=visible is not None,
         HAS_SELF=self_key is not None, HAS_BIAS=key_bias is not None,
         PRECISION=st.precision(query.dtype), num_warps=p.num_warps, num_stages=p.num_stages,
+        maxnreg=most_registers(p.num_warps),
     )  # fmt: skip
     return weights, pair_offsets

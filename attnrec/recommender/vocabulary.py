@@ -50,8 +50,8 @@ class Vocabulary:
     def carry(self, tensors: Tensors, into: Tensors, now: Vocabulary) -> Tensors:
         """Weights of a model of this vocabulary as those of a model of `now`.
 
-        Rows go by name: what is new keeps the row of `into`, the new model's weights at its start; what is gone
-        is dropped.
+        Rows go by name: what is new keeps the row of `into`, the new model's weights at its start; what is
+        gone is dropped.
 
         Raises:
             CheckpointError: rating levels or features are others, so that there is no row to put a row.

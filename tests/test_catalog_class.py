@@ -1,5 +1,6 @@
 """`Catalog`: searches as `catalog_topk` over its rows, whatever was updated and appended."""
 
+import contextlib
 import copy
 import pickle
 import re
@@ -13,6 +14,7 @@ from runners import RUNNER
 
 import attnrec
 from attnrec import Catalog
+from attnrec.catalog import filters, items
 
 FILTERS = ["fp32", "bf16", "int8"]
 
@@ -94,6 +96,31 @@ def test_update(filter, dtype):
         catalog.update(torch.tensor(ids, dtype=torch.int32), rows)
         table = table.index_copy(0, torch.tensor(ids), rows)
         assert_holds(catalog, table)
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_an_update_that_is_interrupted_loses_no_item(at, monkeypatch):
+    """Whichever write it was that did not happen."""
+    table = random(600, 4)
+    catalog = Catalog.pack(table, "int8")
+    catalog.update([0], table[:1])
+    put, calls = items.put, 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls > at:
+            raise KeyboardInterrupt
+        put(*arguments)
+
+    for module in (items, filters):
+        monkeypatch.setattr(module, "put", interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        catalog.update([3, 5, 40], random(3, 4, seed=1) * 100)
+    monkeypatch.undo()
+    users = random(4, 4, seed=2)
+    assert_same_answers(catalog.topk(users, 20), attnrec.catalog_topk(users, catalog.rows, 20), filtered=True)
+    catalog.update([3], random(1, 4, seed=3))  # and nobody waits
 
 
 def test_the_last_row_of_a_repeated_id_holds():

@@ -23,7 +23,7 @@ ITEMS, DIM, LEADERS = 20_000, 32, 300
 class Changes:
     """The first items, and every change after them: the table of any version can be made again.
 
-    A change lifts LEADERS random items above all others, each to a score of its own that no other version
+    A change lifts some random items above all others, each to a score of its own that no other version
     has, throws the leaders down again, or appends items in their place: a search that sees half of a change,
     half of a row, or the filter of another row than it scores has a list that no version has.
     """
@@ -37,11 +37,12 @@ class Changes:
 
     def next(self) -> tuple[Tensor, Tensor]:
         version = len(self.log)
-        heights = 100.0 + version + torch.arange(LEADERS) / (2 * LEADERS)
+        count = self.count // 3 if version % 12 == 6 else LEADERS  # many go to new memory
+        heights = 100.0 + version + torch.arange(count) / (2 * count)
         if version % 3 == 0:
-            ids = torch.randperm(self.count, generator=self.generator)[:LEADERS]
+            ids = torch.randperm(self.count, generator=self.generator)[:count]
         elif version % 3 == 1:
-            ids, heights = self.leaders, -heights
+            ids, heights = self.leaders, -100.0 - torch.arange(len(self.leaders))
         else:
             ids = torch.arange(self.count, self.count + LEADERS)
             self.count += LEADERS
@@ -263,6 +264,25 @@ def test_an_interrupted_wait_leaves_no_trace(waits, monkeypatch):
         pass
     with guard.searching():
         pass
+
+
+@pytest.mark.parametrize("filter", ["fp32", "int8"])
+def test_what_does_not_wait_for_a_search(filter):
+    """Appending, with room and without, and an update of many items; an update of few does."""
+    catalog = Catalog.pack(torch.zeros(640, 2), filter)
+    catalog.update([0], torch.zeros(1, 2))
+    with ThreadPoolExecutor(1) as pool:
+        with catalog._guard.searching():
+            for call in (
+                lambda: catalog.append(torch.ones(7, 2)),
+                lambda: catalog.append(torch.ones(7, 2)),
+                lambda: catalog.update(range(600), torch.ones(600, 2)),
+            ):
+                pool.submit(call).result(timeout=10)
+            waiting = pool.submit(catalog.update, [0], torch.ones(1, 2))
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.1)
+        waiting.result(timeout=10)
 
 
 def test_a_failed_search_or_change_leaves_the_guard_open():

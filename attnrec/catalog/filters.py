@@ -74,6 +74,13 @@ class Filter:
             roomy(seen.error, capacity),
         )
 
+    def open(self, at: Places) -> None:
+        """Rules out none of these items, whatever stands in the codes."""
+        if isinstance(at, Tensor):
+            self.error.index_fill_(0, at, torch.inf)
+        else:
+            self.error[at] = torch.inf
+
     def write(self, at: Places, other: Filter) -> None:
         """Puts the items of another filter at these places."""
         source = torch.arange(len(other.error), device=other.error.device)

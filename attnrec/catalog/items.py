@@ -45,15 +45,19 @@ class Items:
             self.owned,
         )
 
-    def copied(self, capacity: int) -> Items:
-        """The same items in memory of their own, with so much room. The filter was always our own."""
+    def copied(self, capacity: int, *, with_filter: bool = False) -> Items:
+        """The same items in memory of their own, with so much room.
+
+        A filter that need not grow, which was our own from the start, is shared with the copy, unless asked
+        for otherwise: then nothing is, and the copy may be written at once.
+        """
         seen = self.visible
-        grows = self.filter is not None and capacity > self.capacity
+        with_filter = self.filter is not None and (with_filter or capacity > self.capacity)
         return Items(
             self.count,
             roomy(seen.rows, capacity),
             None if seen.bias is None else roomy(seen.bias, capacity),
-            self.filter.copied(self.count, capacity) if grows else self.filter,
+            self.filter.copied(self.count, capacity) if with_filter else self.filter,
             owned=True,
         )
 
@@ -64,7 +68,12 @@ class Items:
         return replace(self, count=count)
 
     def write(self, at: Places, rows: Tensor | None, bias: Tensor | None, filter: Filter | None) -> None:
-        """Puts what is given of rows, biases and the rows' filter at these places."""
+        """Puts what is given of rows, biases and the rows' filter at these places.
+
+        Interrupted between two of them, it leaves a filter that lets these items through.
+        """
+        if filter is not None and self.filter is not None:
+            self.filter.open(at)
         if rows is not None:
             put(self.rows, at, rows)
         if bias is not None and self.bias is not None:

@@ -18,6 +18,10 @@ from attnrec.catalog.items import Items
 from attnrec.catalog.search import Answer, Exclude, search
 from attnrec.ops.checks import INTEGERS, Check
 
+# An update of a quarter of the items goes to new memory. Of a million items of 64 dims, with an int8 filter,
+# writing a quarter in place took 0.04 s, for which searches wait, and copying all of them 0.17 s.
+BULK = 4
+
 
 class Catalog:
     """The items of a catalogue, prepared for `catalog_topk`, changed while it serves, saved and loaded.
@@ -112,8 +116,9 @@ class Catalog:
             rows: `[m, D]`, the dtype and device of the table; None leaves them.
             bias: `[m]`, where the catalogue has biases; None leaves them. -inf hides an item.
 
-        O(m · D) time and memory; the first change of a catalogue that was packed (not loaded) copies the
-        whole table.
+        O(m · D) time and memory, and searches wait while m rows are written. Where these are N / 4 or more,
+        and in the first change of a catalogue that was packed (not loaded), everything is copied to new
+        memory: searches that run go on in the old one, which is free when they have ended.
 
         Raises:
             TypeError, ValueError: naming the argument; the catalogue is as before.
@@ -133,9 +138,15 @@ class Catalog:
             rows = None if rows is None else rows[last]
             bias = None if bias is None else bias[last]
             packed = None if rows is None else Filter.of(rows, self._dtype)
-            items = self._items = self._with_room(items.count)
-            with self._guard.writing(), _settled(items.rows.device):
-                items.write(ids, rows, bias, packed)
+            if len(ids) * BULK >= items.count:
+                items = items.copied(items.capacity, with_filter=True)
+                with _settled(items.rows.device):
+                    items.write(ids, rows, bias, packed)
+                self._items = items
+            else:
+                items = self._items = self._with_room(items.count)
+                with self._guard.writing(), _settled(items.rows.device):
+                    items.write(ids, rows, bias, packed)
 
     def append(self, rows: Tensor, *, bias: Tensor | None = None) -> range:
         """Adds items, and returns their ids, `N ... N + m - 1`.

@@ -77,8 +77,22 @@ def test_every_combination_of_options(dtype, names):
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8, 15, 16, 17, 33, 64, 100, 128, 256, BEYOND_GPU_KERNELS])
-def test_every_dim(dim):
-    check(*make(100, 150, dim, options=("bias", "label_smoothing")))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_dim(dim, dtype):
+    check(*make(100, 150, dim, dtype, ("bias", "label_smoothing")))
+
+
+@pytest.mark.cpu_only("head dims above 256")
+def test_infinite_items_of_many_dims():
+    """In bf16 what is not finite is added up apart, in rows that had room for 256 dims only."""
+    users, table = torch.zeros(9, 301, dtype=torch.bfloat16), torch.zeros(131, 301, dtype=torch.bfloat16)
+    table[130, 300] = INF  # times 0 in every logit
+    leaves = [x.requires_grad_() for x in (users, table)]
+    loss = public(users, table, torch.arange(9))
+    assert loss.isnan().all()
+    grad_users, grad_table = torch.autograd.grad(loss.sum(), leaves)
+    assert grad_users.isnan().all()
+    assert grad_table.isnan().all()
 
 
 @pytest.mark.parametrize("items", [1, 2, 127, 128, 129, 255, 256, 257, 1025, 4100])

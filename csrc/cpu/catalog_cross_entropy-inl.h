@@ -2,7 +2,8 @@
 // unit is some rows against one chunk of the table; what the chunks find is added up in their order.
 //
 // Forward 2·T·N·D operations (a multiplication and an addition each count), backward 6: the scores again,
-// once, and from them both gradients. The floor is 8.
+// once, and from them both gradients. To take the users' gradient from the forward pass, as attention's
+// output, would save nothing: the table's needs the scores again either way. The floor is 8.
 #pragma once
 
 #include "cpu/catalog_cross_entropy.h"
@@ -31,10 +32,12 @@ ATTNREC_INLINE int64_t target_in_tile(const CrossEntropyRows& rows, const Unit& 
   return place >= 0 && place < t.seen[r] ? place : -1;
 }
 
-// The softmax over a unit's events, its target's logit and the sum of its logits.
-template <class V>
+// The softmax over a unit's events, its target's logit and the sum of its logits. Scores are in nats, so that
+// the maximum is a result's own number (see RunningSoftmax).
+template <class V, class Products>
 struct CrossEntropyReadout {
   using Real = typename V::Real;
+  using Softmax = RunningSoftmax<V, true, Base::kRunningMaximum, Products::kShortExp>;
   static constexpr int W = V::kWidth;
 
   CrossEntropyReadout(Arena& arena, const Unit& u, const CrossEntropyRows& of_rows,
@@ -63,7 +66,8 @@ struct CrossEntropyReadout {
         for (int i = 0; i < t.seen[r]; i += W) sum = V::add(sum, V::first(V::load(z + i), t.seen[r] - i, 0));
         V::store(total, sum);
       }
-      softmax.step(softmax, row, t.seen[r], z);
+      softmax.raise(softmax, row, t.seen[r], z);
+      softmax.add(softmax, row, t.seen[r], z, [](int, typename V::Reg) ATTNREC_LAMBDA {});
     }
   }
 
@@ -78,7 +82,7 @@ struct CrossEntropyReadout {
   const Unit& unit;
   const CrossEntropyRows& rows;
   const CrossEntropyParts& parts;
-  RunningSoftmax<V, true> softmax;
+  Softmax softmax;
   Real* totals = nullptr;
 };
 
@@ -86,9 +90,10 @@ template <class V>
 int64_t catalog_cross_entropy_unit(const Attention& a, const Unit& unit, void* memory,
                                    const CrossEntropyRows& rows, const CrossEntropyParts& parts) {
   return with_products<V>(a.element, [&](auto products) {
+    using Products = decltype(products);
     Arena arena(memory);
-    StreamScratch<V, decltype(products)> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
-    CrossEntropyReadout<V> readout(arena, unit, rows, parts);
+    StreamScratch<V, Products> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+    CrossEntropyReadout<V, Products> readout(arena, unit, rows, parts);
     if (!memory) return arena.used();
     readout.begin();
     stream(a, unit, scratch, readout);
@@ -115,32 +120,31 @@ void catalog_cross_entropy_target_logits(const Attention& a, const Vectors& item
 
 // The gradient of the scores, d = grad · (softmax - target's share), and from it those of users, table and
 // bias.
-template <class V>
+template <class V, class Products>
 struct CrossEntropyGradientReadout {
   using Real = typename V::Real;
   static constexpr int W = V::kWidth;
-  static constexpr int kRowBlocks =
-      4;  // of rows between two additions to the table: its sums move a quarter as often
-  static constexpr int kHeldRows = kRowBlocks * V::kRows;
+  // Rows whose d are held before they are multiplied into the table's: its sums move so much less often.
+  static constexpr int kHeldRows = 64 / V::kRows * V::kRows;
 
   CrossEntropyGradientReadout(Arena& arena, const Attention& attention, const Unit& u, int span,
                               const CrossEntropyRows& of_rows, const CrossEntropyGradient& to)
-      : a(attention), unit(u), rows(of_rows), gradient(to), width(padded<V>(attention.head_dim)) {
-    stride = span + 16;  // not a power of two, or the rows would fight for the same lines of L1
-    held = arena.take<Real>(static_cast<int64_t>(kHeldRows) * stride);
-    if (to.users) copied = arena.take<Real>(static_cast<int64_t>(span) * width);
+      : a(attention),
+        unit(u),
+        rows(of_rows),
+        gradient(to),
+        width(padded<V>(attention.head_dim)),
+        items(arena, to.users ? span : 0, attention.head_dim) {
+    held = arena.take<Real>(int64_t{kHeldRows} * span);
     if (to.table) {
-      user_rows = arena.take<Real>(static_cast<int64_t>(kHeldRows) * width);
+      user_rows = arena.take<Real>(int64_t{kHeldRows} * width);
       item_sums = arena.take<Real>(static_cast<int64_t>(span) * width);
     }
-    if (to.bias) bias_sums = arena.take<Real>(stride);
+    if (to.bias) bias_sums = arena.take<Real>(span);
   }
 
   void begin() {
-    if (!gradient.users) return;
-    for (int r = 0; r < unit.rows; r++) {
-      for (int d = 0; d < width; d += W) V::store(user_sums(r) + d, V::zero());
-    }
+    if (gradient.users) clear(user_sums(0), unit.rows * gradient.users_row_stride);
   }
 
   void pack(int64_t first_event, int n, const Real* hidden) {
@@ -148,69 +152,84 @@ struct CrossEntropyGradientReadout {
     first_packed = first_event;
     hide = hidden;
     if (gradient.users) {
-      items = event_rows<V>(a.key.at(a.kv_offsets[unit.user] + first_event, unit.kv_head, a.element),
-                            a.element, a.key.row_stride, n, a.head_dim, hide, false, copied, &item_stride);
+      items.pack(a.key.at(a.kv_offsets[unit.user] + first_event, unit.kv_head, a.element), a.element,
+                 a.key.row_stride, n, a.head_dim, hide, false);
     }
-    if (gradient.table) {
-      for (int64_t i = 0; i < static_cast<int64_t>(n) * width; i += W) V::store(item_sums + i, V::zero());
-    }
-    if (gradient.bias) {
-      for (int i = 0; i < n; i += W) V::store(bias_sums + i, V::zero());
-    }
+    if (gradient.table) clear(item_sums, static_cast<int64_t>(n) * width);
+    if (gradient.bias) clear(bias_sums, n);
   }
 
   void tile(const Tile<V>& t) {
     hide_hits<V>(rows, unit, t);
     const int held_row = t.first_row % kHeldRows;
-    Real* d = held + static_cast<int64_t>(held_row) * stride + t.packed_event;
-    for (int r = 0; r < t.rows; r++) score_gradient(t, r, d + static_cast<int64_t>(r) * stride);
+    Real* d = held + int64_t{t.packed_event} * kHeldRows + int64_t{held_row} * kKeys;
+    for (int r = 0; r < t.rows; r++) score_gradient(t, r, d);
     if (gradient.users) {
-      accumulate<V>(t.rows, d, stride, 1, items + t.packed_event * item_stride, item_stride, t.seen[0], width,
-                    user_sums(t.first_row), gradient.users_row_stride);
+      items.accumulate_seen(t.rows, t.seen, d, t.packed_event, user_sums(t.first_row),
+                            gradient.users_row_stride);
     }
+    for (int i = 0; gradient.bias && i < t.seen[0]; i += W) {
+      Real* sum = bias_sums + t.packed_event + i;
+      typename V::Reg total = V::zero();
+      for (int r = 0; r < t.rows; r++) total = V::add(total, V::load(d + r * kKeys + i));
+      V::store(sum, V::add(V::load(sum), total));
+    }
+    if (gradient.table) Products::prepare(d, t.rows, kKeys);
     const bool all_rows = t.first_row + t.rows == unit.rows;
     if (t.packed_event + t.seen[0] < packed || !(all_rows || held_row + t.rows == kHeldRows)) return;
-    add_to_items(t.first_row - held_row, held_row + t.rows);
+    if (gradient.table) add_to_items(t.first_row - held_row, held_row + t.rows);
     if (all_rows) finish_items();
   }
 
-  // To `d`, times 1 / temperature, which users and table need; the bias gets it back at the end.
+  // To row r of the tile's `d`, times 1 / temperature, which users and table need; the bias gets it back at
+  // the end.
   void score_gradient(const Tile<V>& t, int r, Real* d) {
     const Real* z = t.scores + r * kKeys;
+    Real* to = d + r * kKeys;
     const int64_t row = unit.first + t.first_row + r;
     const double grad = gradient.grad[row] * a.scale;
-    const typename V::Reg lse = V::set1(static_cast<Real>(gradient.lse[row]));
+    const Real lse = static_cast<Real>(gradient.lse[row]);
     const typename V::Reg factor = V::set1(static_cast<Real>(grad));
     const typename V::Reg even =
         V::set1(static_cast<Real>(-grad * gradient.smoothing / static_cast<double>(gradient.classes)));
     for (int i = 0; i < t.seen[r]; i += W) {
-      const typename V::Reg p = exp_of<V>(V::sub(V::load(z + i), lse));
-      V::store(d + i, V::fma(p, factor, even));
+      const typename V::Reg of_score = V::fma(weight(V::load(z + i), lse), factor, even);
+      V::store(to + i, of_score);
+      items.keep(r, i, of_score, d);
     }
     const int64_t target = target_in_tile<V>(rows, unit, t, r);
-    if (target >= 0) {
-      // p - 1 before the factor, as it cancels.
-      const Real p = static_cast<Real>(std::exp(static_cast<double>(z[target]) - gradient.lse[row]));
-      d[target] = static_cast<Real>(
-          grad * (p - (1 - gradient.smoothing) - gradient.smoothing / static_cast<double>(gradient.classes)));
+    if (target < 0) return;
+    // p - 1 before the factor, as it cancels.
+    const double p = std::exp(z[target] - gradient.lse[row]);
+    to[target] = static_cast<Real>(
+        grad * (p - (1 - gradient.smoothing) - gradient.smoothing / static_cast<double>(gradient.classes)));
+    const int i = static_cast<int>(target) / W * W;
+    items.keep(r, i, V::load(to + i), d);
+  }
+
+  static ATTNREC_MEMBER typename V::Reg weight(typename V::Reg z, Real lse) {
+    if constexpr (Products::kShortExp) {
+      return V::exp2_short(
+          V::fma(z, V::set1(static_cast<Real>(kLog2E)), V::set1(static_cast<Real>(-kLog2E * lse))));
+    } else {
+      return exp_of<V>(V::sub(z, V::set1(lse)));
     }
   }
 
   // Held rows, `count` from the unit's row `first` on, to the sums of the packed items.
   void add_to_items(int first, int count) {
-    for (int i = 0; gradient.bias && i < packed; i += W) {
-      typename V::Reg sum = V::zero();
-      for (int r = 0; r < count; r++) sum = V::add(sum, V::load(held + static_cast<int64_t>(r) * stride + i));
-      V::store(bias_sums + i, V::add(V::load(bias_sums + i), sum));
-    }
-    if (!gradient.table) return;
     for (int r = 0; r < count; r++) {
       load_row<V>(a.query.at(unit.candidate(first + r), 0, a.element), a.element, a.head_dim, 1,
                   user_rows + static_cast<int64_t>(r) * width);
     }
-    for (int i = 0; i < packed; i += V::kRows) {
-      accumulate<V>(static_cast<int>(least(V::kRows, packed - i)), held + i, 1, stride, user_rows, width,
-                    count, width, item_sums + static_cast<int64_t>(i) * width, width);
+    Products::prepare(user_rows, count, width);
+    for (int begin = 0; begin < packed; begin += kKeys) {
+      const Real* d = held + int64_t{begin} * kHeldRows;
+      const int events = static_cast<int>(least(kKeys, packed - begin));
+      for (int i = 0; i < events; i += V::kRows) {
+        Products::template sum_rows<true>(static_cast<int>(least(V::kRows, events - i)), d + i, user_rows, 0,
+                                          count, width, item_sums + int64_t{begin + i} * width);
+      }
     }
   }
 
@@ -223,7 +242,7 @@ struct CrossEntropyGradientReadout {
       Real* sum = item_sums + static_cast<int64_t>(i) * width;
       const int64_t place = (first + i) * a.head_dim;
       if (hide && hide[i] == -std::numeric_limits<Real>::infinity()) {
-        for (int d = 0; d < width; d += W) V::store(sum + d, V::zero());
+        clear(sum, width);
       } else if (gradient.table_so_far) {
         const Real* so_far = static_cast<const Real*>(gradient.table_so_far) + place;
         for (int d = 0; d < width; d += W) {
@@ -235,6 +254,9 @@ struct CrossEntropyGradientReadout {
     }
   }
 
+  static void clear(Real* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += W) V::store(p + i, V::zero());
+  }
   Real* user_sums(int64_t row) const {
     return static_cast<Real*>(gradient.users) + row * gradient.users_row_stride;
   }
@@ -244,24 +266,30 @@ struct CrossEntropyGradientReadout {
   const CrossEntropyRows& rows;
   const CrossEntropyGradient& gradient;
   const int width;
-  int stride, packed = 0;
-  int64_t first_packed = 0, item_stride = 0;
-  Real *held = nullptr, *copied = nullptr, *user_rows = nullptr, *item_sums = nullptr, *bias_sums = nullptr;
-  const Real *items = nullptr, *hide = nullptr;
+  typename Products::Values items;  // of the packed ones
+  int packed = 0;
+  int64_t first_packed = 0;
+  // d of the held rows as [tile][row][kKeys], prepared for the product; the rows themselves; sums of the
+  // packed items.
+  Real *held = nullptr, *user_rows = nullptr, *item_sums = nullptr, *bias_sums = nullptr;
+  const Real* hide = nullptr;
 };
 
 template <class V>
 int64_t catalog_cross_entropy_backward_unit(const Attention& a, const Unit& unit, void* memory,
                                             const CrossEntropyRows& rows,
                                             const CrossEntropyGradient& gradient) {
-  const int span = packed_events<V>(unit.rows, a.head_dim);
-  Arena arena(memory);
-  StreamScratch<V> scratch(arena, span, a.head_dim);
-  CrossEntropyGradientReadout<V> readout(arena, a, unit, span, rows, gradient);
-  if (!memory) return arena.used();
-  readout.begin();
-  stream(a, unit, scratch, readout);
-  return arena.used();
+  return with_products<V>(a.element, [&](auto products) {
+    using Products = decltype(products);
+    const int span = packed_events<V>(unit.rows, a.head_dim);
+    Arena arena(memory);
+    StreamScratch<V, Products> scratch(arena, span, a.head_dim);
+    CrossEntropyGradientReadout<V, Products> readout(arena, a, unit, span, rows, gradient);
+    if (!memory) return arena.used();
+    readout.begin();
+    stream(a, unit, scratch, readout);
+    return arena.used();
+  });
 }
 
 }  // namespace

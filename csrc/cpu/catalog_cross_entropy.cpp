@@ -15,6 +15,15 @@ constexpr int64_t kMostChunks = 32, kFewestItems = 128, kRowGroup = 1024;
 
 int64_t round_up_to_16(int64_t n) { return (n + 15) / 16 * 16; }
 
+// Runs function(r) for rows 0 … count on all threads, some rows at a time.
+template <class Function>
+void for_each_row(int64_t count, const Function& function) {
+  constexpr int64_t kRows = 64;
+  for_each_unit((count + kRows - 1) / kRows, [&](int64_t i) {
+    for (int64_t r = i * kRows; r < std::min(count, (i + 1) * kRows); r++) function(r);
+  });
+}
+
 // Rows `ids` of `vectors` as a contiguous tensor.
 Tensor gather(const Tensor& like, const Vectors& vectors, Element element, const std::vector<int64_t>& ids) {
   const int64_t bytes = like.size(1) * element_bytes(element);
@@ -185,28 +194,28 @@ std::tuple<Tensor, Tensor> catalog_cross_entropy(Tensor users, Tensor table, Ten
   Tensor lse = new_empty(users, {users.size(0)}, working_dtype(a.element));
   torch::stable::fill_(loss, 0);
   torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
-  const int64_t chunks = arguments.chunk_count();
-  std::vector<double> maximum(chunks * kRowGroup), sum(maximum.size()),
+  const int64_t chunks = arguments.chunk_count(), group = std::min(kRowGroup, arguments.row_count());
+  std::vector<double> maximum(chunks * group), sum(maximum.size()),
       total(label_smoothing > 0 ? sum.size() : 0);
-  std::vector<double> target_logit(kRowGroup);
+  std::vector<double> target_logit(group);
 
   for (int64_t first = 0; first < arguments.row_count(); first += kRowGroup) {
     const int64_t count = std::min(kRowGroup, arguments.row_count() - first);
     arguments.for_each_chunk(first, count, [&](int64_t chunk, const Unit& unit) {
-      const int64_t at = chunk * kRowGroup;
+      const int64_t at = chunk * group;
       const CrossEntropyParts parts{&maximum[at], &sum[at], target_logit.data(),
                                     total.empty() ? nullptr : &total[at]};
       void* memory = thread_scratch(tier.catalog_cross_entropy(a, unit, nullptr, arguments.rows, parts));
       tier.catalog_cross_entropy(a, unit, memory, arguments.rows, parts);
     });
     if (arguments.sampled) arguments.find_target_logits(first, count, target_logit.data());
-    for (int64_t r = 0; r < count; r++) {
+    for_each_row(count, [&](int64_t r) {
       SoftmaxParts softmax;
       double all = 0;
       if (arguments.sampled) softmax.add(target_logit[r], 1);
       for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        softmax.add(maximum[chunk * kRowGroup + r], sum[chunk * kRowGroup + r]);
-        if (!total.empty()) all += total[chunk * kRowGroup + r];
+        softmax.add(maximum[chunk * group + r], sum[chunk * group + r]);
+        if (!total.empty()) all += total[chunk * group + r];
       }
       double aim = target_logit[r];
       if (label_smoothing > 0) {
@@ -217,7 +226,7 @@ std::tuple<Tensor, Tensor> catalog_cross_entropy(Tensor users, Tensor table, Ten
       const Element working = a.element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32;
       store_element<double>(loss.mutable_data_ptr(), row, working, softmax.lse() - aim);
       store_element<double>(lse.mutable_data_ptr(), row, working, softmax.lse());
-    }
+    });
   }
   return {loss, lse};
 }
@@ -294,11 +303,13 @@ std::tuple<Tensor, Tensor, Tensor> catalog_cross_entropy_backward(
 
   with_real(a.element, [&](auto real) {
     using Real = decltype(real);
-    const int64_t chunks = arguments.chunk_count();
+    // Of the users' gradient: what each chunk adds, after what the rows' own targets add where these stand
+    // outside the chunks.
+    const int64_t own = arguments.sampled ? 1 : 0, parts = own + arguments.chunk_count();
     const int64_t group = std::min(kRowGroup, rows);
-    Tensor partial = new_empty(users, {needs_users ? chunks : 0, group, width}, working_dtype(a.element));
-    const auto partial_of = [&](int64_t chunk) {
-      return static_cast<Real*>(partial.mutable_data_ptr()) + chunk * group * width;
+    Tensor partial = new_empty(users, {needs_users ? parts : 0, group, width}, working_dtype(a.element));
+    const auto part = [&](int64_t i) {
+      return static_cast<Real*>(partial.mutable_data_ptr()) + i * group * width;
     };
     std::vector<Real> bias_sums(bias ? events : 0);
     // The sums over the rows so far stand in working numbers; the last group of rows stores the result.
@@ -319,7 +330,7 @@ std::tuple<Tensor, Tensor, Tensor> catalog_cross_entropy_backward(
         gradient.grad = row_grad.data();
         gradient.smoothing = label_smoothing;
         gradient.classes = arguments.classes;
-        gradient.users = needs_users ? partial_of(chunk) : nullptr;
+        gradient.users = needs_users ? part(own + chunk) : nullptr;
         gradient.users_row_stride = width;
         if (needs_table) {
           gradient.table = last ? item_grad.mutable_data_ptr() : item_sums.mutable_data_ptr();
@@ -338,17 +349,16 @@ std::tuple<Tensor, Tensor, Tensor> catalog_cross_entropy_backward(
           grad[r] = row_grad[first + r] * (std::exp(grad[r] - row_lse[first + r]) - 1);
       }
       if (!needs_users) continue;
-      for_each_unit(count, [&](int64_t r) {
-        for (int64_t d = 0; d < D; d++) {
-          Real sum = 0;
-          if (arguments.sampled) {
-            sum = static_cast<Real>(target_grad[first + r] * a.scale) *
-                  load_element<Real>(arguments.target_items.at(first + r, 0, a.element), d, a.element);
-          }
-          for (int64_t chunk = 0; chunk < chunks; chunk++) sum += partial_of(chunk)[r * width + d];
-          store_element(grad_users.mutable_data_ptr(), arguments.kept_rows[first + r] * D + d, a.element,
-                        sum);
+      for_each_row(count, [&](int64_t r) {
+        for (int64_t d = 0; arguments.sampled && d < D; d++) {
+          part(0)[r * width + d] =
+              static_cast<Real>(target_grad[first + r] * a.scale) *
+              load_element<Real>(arguments.target_items.at(first + r, 0, a.element), d, a.element);
         }
+        char* to = static_cast<char*>(grad_users.mutable_data_ptr());
+        tier.target_attention_backward_add(
+            part(0) + r * width, parts, group * width, D, a.element,
+            to + arguments.kept_rows[first + r] * D * element_bytes(a.element));
       });
     }
     if (arguments.sampled && rows > 0) {

@@ -53,10 +53,12 @@ struct Pairs {
   // A query row among the block's, rows[pair of d][r]. The scale comes in with `scaled`.
   static void load_query(const void* data, Element, int head_dim, Real, Real*, int r, Item* rows) {
     const auto* from = static_cast<const BFloat16*>(data);
-    Item row[kMostHeadDim / 2];
-    row[depth(head_dim) - 1] = 0;
-    std::memcpy(row, from, static_cast<size_t>(head_dim) * sizeof *from);
-    for (int p = 0; p < depth(head_dim); p++) rows[p * V::kRows + r] = row[p];
+    for (int p = 0; p < head_dim / 2; p++) std::memcpy(rows + p * V::kRows + r, from + 2 * p, sizeof(Item));
+    if (head_dim % 2) {
+      Item last = 0;
+      std::memcpy(&last, from + head_dim - 1, sizeof *from);
+      rows[head_dim / 2 * V::kRows + r] = last;
+    }
   }
 
   static void clear_query(int head_dim, int r, Item* rows) {
@@ -118,21 +120,23 @@ struct Pairs {
         return;
       }
       for (int r = 0; r < rows; r++) {
-        Real total[kMostHeadDim];
-        Item last[kMostHeadDim];
-        for (int d = 0; d < width; d += W) V::store(total + d, V::zero());
         const Item* row = weights + r * (kKeys / 2);
-        if (seen[r] / 2 > 0) {
-          sum<false>(1, row, 0, 1, from, int64_t{width}, seen[r] / 2, width, total, int64_t{width});
+        for (int c = 0; seen[r] && c < width; c += kMostHeadDim) {
+          const int columns = static_cast<int>(least(width - c, kMostHeadDim));
+          Real total[kMostHeadDim];
+          Item last[kMostHeadDim];
+          for (int d = 0; d < columns; d += W) V::store(total + d, V::zero());
+          if (seen[r] / 2 > 0) {
+            sum<false>(1, row, 0, 1, from + c, int64_t{width}, seen[r] / 2, columns, total, int64_t{0});
+          }
+          if (seen[r] % 2) {
+            const Item* pair = from + static_cast<int64_t>(seen[r] / 2) * width + c;
+            for (int d = 0; d < columns; d++) last[d] = pair[d] & kFirst;
+            sum<false>(1, row + seen[r] / 2, 0, 0, last, int64_t{0}, 1, columns, total, int64_t{0});
+          }
+          Real* to = out + r * out_stride + c;
+          for (int d = 0; d < columns; d += W) V::store(to + d, V::add(V::load(to + d), V::load(total + d)));
         }
-        if (seen[r] % 2) {
-          const Item* pair = from + static_cast<int64_t>(seen[r] / 2) * width;
-          for (int d = 0; d < width; d++) last[d] = pair[d] & kFirst;
-          sum<false>(1, row + seen[r] / 2, 0, 0, last, int64_t{width}, 1, width, total, int64_t{width});
-        }
-        Real* to = out + r * out_stride;
-        for (int d = 0; seen[r] && d < width; d += W)
-          V::store(to + d, V::add(V::load(to + d), V::load(total + d)));
       }
     }
 

@@ -167,10 +167,10 @@ struct RunningSoftmax {
     return sum[0] = weight;
   }
   ATTNREC_INLINE typename V::Reg power(typename V::Reg x) {
-    if constexpr (kNatural) {
+    if constexpr (kShort) {
+      return V::exp2_short(kNatural ? V::mul(x, V::set1(static_cast<Real>(kLog2E))) : x);
+    } else if constexpr (kNatural) {
       return exp_of<V>(x);
-    } else if constexpr (kShort) {
-      return V::exp2_short(x);
     } else {
       return V::exp2(x);
     }
@@ -181,8 +181,9 @@ struct RunningSoftmax {
     if constexpr (kBase == Base::kNothing) return 1;
     typename V::Reg top = V::load(scores);
     for (int i = W; i < seen; i += W) top = V::max(top, V::load(scores + i));
-    const Real before = self.maximum[row], highest = V::maximum(top);
-    if (!(highest > before)) return 1;
+    const Real before = self.maximum[row];
+    if (!V::above(top, before)) return 1;
+    const Real highest = V::maximum(top);
     self.maximum[row] = highest;
     Real factor[W];
     V::store(factor, power(V::set1(before - highest)));

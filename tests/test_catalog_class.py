@@ -38,6 +38,8 @@ def assert_holds(catalog, table, bias=None):
     for name, x in seen.items():
         assert torch.equal(x, expected[name]), name
     assert (len(catalog), catalog.dim) == table.shape
+    if RUNNER.divisor > 1:
+        return  # what is searched are these tensors: a slow runner need not do it each time
     users = random(3, table.shape[1], dtype=table.dtype, seed=99)
     k = min(20, len(table))
     assert_same_answers(
@@ -98,6 +100,7 @@ def test_update(filter, dtype):
         assert_holds(catalog, table)
 
 
+@pytest.mark.cpu_only("there is no filter on other devices")
 @pytest.mark.parametrize("at", range(5))
 def test_an_update_that_is_interrupted_loses_no_item(at, monkeypatch):
     """Whichever write it was that did not happen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,15 +138,12 @@ class Catalog:
             rows = None if rows is None else rows[last]
             bias = None if bias is None else bias[last]
             packed = None if rows is None else Filter.of(rows, self._dtype)
-            if len(ids) * BULK >= items.count:
-                items = items.copied(items.capacity, with_filter=True)
+            many = len(ids) * BULK >= items.count
+            items = items.copied(items.capacity, with_filter=True) if many else self._with_room(items.count)
+            with nullcontext() if many else self._guard.writing():
                 with _settled(items.rows.device):
                     items.write(ids, rows, bias, packed)
                 self._items = items
-            else:
-                items = self._items = self._with_room(items.count)
-                with self._guard.writing(), _settled(items.rows.device):
-                    items.write(ids, rows, bias, packed)
 
     def append(self, rows: Tensor, *, bias: Tensor | None = None) -> range:
         """Adds items, and returns their ids, `N ... N + m - 1`.
@@ -168,9 +165,10 @@ class Catalog:
             if bias is None and self._items.bias is not None:
                 check.fail("bias", "be given: the catalogue has biases", None)
             new = range(first, first + len(rows))
-            items = self._items = self._with_room(new.stop)
+            packed = Filter.of(rows, self._dtype)
+            items = self._with_room(new.stop)
             with _settled(rows.device):  # nobody reads there yet
-                items.write(slice(new.start, new.stop), rows, bias, Filter.of(rows, self._dtype))
+                items.write(slice(new.start, new.stop), rows, bias, packed)
             self._items = items.longer(new.stop)
             return new
 

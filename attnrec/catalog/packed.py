@@ -134,6 +134,8 @@ class Catalog:
                 check.fail("rows", "be given, or bias", None)
             self._check(check, rows, bias, len(ids))
             check.within("ids", ids, 0, items.count - 1, "the last item")
+            if len(ids) == 0:
+                return
             ids, last = _last_of_each(ids)
             rows = None if rows is None else rows[last]
             bias = None if bias is None else bias[last]
@@ -165,6 +167,8 @@ class Catalog:
             if bias is None and self._items.bias is not None:
                 check.fail("bias", "be given: the catalogue has biases", None)
             new = range(first, first + len(rows))
+            if not new:
+                return new
             packed = Filter.of(rows, self._dtype)
             items = self._with_room(new.stop)
             with _settled(rows.device):  # nobody reads there yet

@@ -128,20 +128,47 @@ def test_one_relevant_item_each():
     assert found["mrr@7"] == found["map@7"] == pytest.approx(sum(1 / p for p in places) / 50)
 
 
-def test_batches_and_ranks_add_up_to_the_whole():
+def test_batches_and_parts_add_up_to_the_whole():
     lists, relevant, history = sample_lists()
     whole = evaluate(lists, jagged(relevant), KS, history=jagged(history), **knowledge())
     in_parts = evaluate(lists.split(7), jagged(relevant), KS, history=jagged(history), **knowledge())
     assert in_parts == pytest.approx(whole, rel=1e-12, nan_ok=True)
-    # a rank sees half of the users; torch.distributed adds the states up
-    ranks = [ListMetrics(KS, **knowledge()) for _ in range(2)]
-    for rank, metrics in enumerate(ranks):
-        mine = slice(25 * rank, 25 * (rank + 1))
+    parts = [ListMetrics(KS, **knowledge()) for _ in range(2)]
+    for part, metrics in enumerate(parts):
+        mine = slice(25 * part, 25 * (part + 1))
         metrics.update(lists[mine], jagged(relevant[mine]), jagged(history[mine]))
-    ranks[0].merge_state(ranks[1])
-    assert {name: x.item() for name, x in ranks[0].compute().items()} == pytest.approx(
-        whole, rel=1e-12, nan_ok=True
-    )
+    parts[0].merge_state(parts[1])
+    assert numbers(parts[0].compute()) == pytest.approx(whole, rel=1e-12, nan_ok=True)
+
+
+def one_of_two_ranks(rank, file, out):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    lists, relevant, history = sample_lists()
+    metrics, clicks = ListMetrics(KS, **knowledge()), click_metrics()
+    mine = slice(0, 20) if rank == 0 else slice(20, 50)
+    metrics.update(lists[mine], jagged(relevant[mine]), jagged(history[mine]))
+    probabilities, labels = sample_clicks()
+    rows = slice(100 * rank, 100 + 200 * rank)
+    clicks.update(probabilities[rows], labels[rows], groups=torch.arange(300)[rows] // 10)
+    torch.save((metrics.compute(), clicks.compute()), f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_add_up_to_the_whole(tmp_path):
+    torch.multiprocessing.spawn(one_of_two_ranks, (tmp_path / "store", tmp_path / "rank"), nprocs=2)
+    lists, relevant, history = sample_lists()
+    whole = evaluate(lists, jagged(relevant), KS, history=jagged(history), **knowledge())
+    probabilities, labels = sample_clicks()
+    clicks = click_metrics()
+    clicks.update(probabilities, labels, groups=torch.arange(300) // 10)
+    for rank in range(2):
+        of_lists, of_clicks = torch.load(tmp_path / f"rank{rank}")
+        assert numbers(of_lists) == pytest.approx(whole, rel=1e-12, nan_ok=True)
+        assert numbers(of_clicks) == pytest.approx(numbers(clicks.compute()), rel=1e-12)
+
+
+def numbers(found):
+    return {name: x.item() for name, x in found.items()}
 
 
 def state_bytes(metric):
@@ -271,8 +298,9 @@ def area(probabilities, labels):
 
 
 def sample_clicks(rows=300):
+    random = torch.Generator().manual_seed(4)
     # coarse probabilities, so that there are ties
-    return torch.randint(0, 8, (rows,)) / 8, torch.rand(rows) < 0.4
+    return torch.randint(0, 8, (rows,), generator=random) / 8, torch.rand(rows, generator=random) < 0.4
 
 
 @pytest.mark.parametrize("exact", [False, True])

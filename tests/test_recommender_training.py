@@ -14,7 +14,7 @@ pytest.importorskip(
     "torchmetrics", reason="the recommender needs the extra: pip install 'attnrec[recommender]'"
 )
 
-from attnrec.recommender import checkpoint, train
+from attnrec.recommender import train
 from attnrec.recommender.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from attnrec.recommender.data import TEST, TRAIN, load
 from attnrec.recommender.model import History, RankingConfig, RetrievalConfig
@@ -86,7 +86,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr("attnrec.files.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, {"x": torch.zeros(2)}, {"n": 2})
     tensors, description = load_checkpoint(path)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from attnrec.catalog import sharded_checkpoint
 from attnrec.catalog.packed import Catalog
 from attnrec.catalog.search import Answer, Exclude
-from attnrec.catalog.sharded_checkpoint import as_shard, evenly
+from attnrec.catalog.sharded_checkpoint import Saved, evenly
 from attnrec.catalog.sharded_group import Group, Sharding
 from attnrec.catalog.sharded_loss import CrossEntropy, Lookup, Options
 from attnrec.ops.checks import FLOATS, INTEGERS, Check, reads_values
@@ -294,8 +294,7 @@ class ShardedCatalog:
         one that is killed is not seen: the old checkpoint holds then.
         """
         rows, sharding = evenly(self._rows.detach(), self._sharding)
-        kind = {"shape": [len(self), rows.shape[1]], "dtype": str(rows.dtype).removeprefix("torch.")}
-        sharded_checkpoint.save(Path(folder), {"rows": as_shard(rows, sharding)}, kind, sharding.group)
+        sharded_checkpoint.save(Path(folder), Saved({}, sharding, {"rows": rows}, {}))
 
     @classmethod
     def load(
@@ -311,12 +310,8 @@ class ShardedCatalog:
         Raises:
             FileNotFoundError: there is none.
         """
-        kind = sharded_checkpoint.read_description(Path(folder))
-        total, dim = kind["shape"]
-        sharding = Sharding.even(Group(group), total)
-        rows = torch.empty(sharding.count, dim, dtype=getattr(torch, kind["dtype"]), device=device)
-        sharded_checkpoint.load(Path(folder), {"rows": as_shard(rows, sharding)}, sharding.group)
-        return cls.__new__(cls)._set(rows, sharding, dtype)
+        saved = sharded_checkpoint.load(Path(folder), Group(group), device)
+        return cls.__new__(cls)._set(saved.shards["rows"], saved.sharding, dtype)
 
     # --- exclusions -----------------------------------------------------------------------------------------
 

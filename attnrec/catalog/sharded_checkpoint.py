@@ -1,9 +1,9 @@
 """Checkpoints of tensors that are spread over ranks, by torch.distributed.checkpoint: each rank writes its
 own rows, and any number of ranks reads them back.
 
-A folder holds one sub-folder for each checkpoint, with safetensors files of the ranks (no pickles) and a
-description, and the file `current`, which names the newest complete one. It is replaced as the last thing,
-so that a write which fails or is killed on any rank leaves the old checkpoint.
+A folder holds one sub-folder for each checkpoint, with safetensors files of the ranks (no pickles) and a list
+of what is in them, and the file `current`, which names the newest complete one. It is replaced as the last
+thing, so that a write which fails or is killed on any rank leaves the old checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,48 +27,58 @@ from torch.distributed.tensor import DTensor, Shard
 from attnrec.catalog.sharded_group import Group, Sharding
 from attnrec.files import write_file
 
-CURRENT, DESCRIPTION = "current", "description.json"
+CURRENT, CONTENT = "current", "content.json"
 
 
 class ShardedCheckpointError(RuntimeError):
     """A checkpoint that could not be written or read, or is of other tensors."""
 
 
-def save(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any], group: Group) -> None:
-    """Writes a checkpoint and then removes the one before. A collective.
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
 
-    Args:
-        tensors: on each rank under the same names; a DTensor (see `as_shard`) is spread over the ranks, any
-            other tensor is the same on all of them.
-        description: what JSON can hold; rank 0's is kept.
+    description: dict[str, Any]  # what JSON can hold
+    sharding: Sharding
+    shards: dict[str, Tensor]  # this rank's rows of tensors that are spread over the ranks as `sharding` says
+    others: dict[str, Tensor]  # the same on all ranks
+
+
+def save(folder: Path, saved: Saved) -> None:
+    """Writes a checkpoint and then removes the one before. A collective; rank 0's description is kept.
 
     Raises:
         ShardedCheckpointError: on every rank, where any of them could not write; the old checkpoint is still
             there then.
     """
-    before = _current(folder)
-    name = f"{0 if before is None else int(before) + 1:06}"
-    # rank 0 alone looks at the disk, where others may see it later
-    name = f"{group.counts(int(name), torch.device('cpu'))[0]:06}"
-    place = folder / name
+    group = saved.sharding.group
+    # rank 0 alone looks at the disk, where others may see later what it holds
+    number = group.counts(_number(folder) + 1, torch.device("cpu"))[0]
+    place = folder / f"{number:06}"
     if group.rank == 0:
         shutil.rmtree(place, ignore_errors=True)  # what a killed write left
         place.mkdir(parents=True)
     group.counts(0, torch.device("cpu"))  # the folder is there before anyone writes into it
     with _in_words(f"{folder} could not be written"):
         dcp.save(
-            {key: _at_least_1d(x) for key, x in tensors.items()},
+            _state(saved),
             storage_writer=dcp.HuggingFaceStorageWriter(str(place), save_distributed=True),
             process_group=group.process_group,
             no_dist=not _started(),
         )
     said = None
     if group.rank == 0:
+        rows = saved.sharding.total
+        content = {
+            "description": saved.description,
+            "rows": rows,
+            "shards": {name: _kind(x, rows) for name, x in saved.shards.items()},
+            "others": {name: _kind(x) for name, x in saved.others.items()},
+        }
         try:
-            write_file(place / DESCRIPTION, json.dumps(description).encode())
-            write_file(folder / CURRENT, name.encode())
+            write_file(place / CONTENT, json.dumps(content).encode())
+            write_file(folder / CURRENT, place.name.encode())
             for old in folder.iterdir():
-                if old.is_dir() and old.name.isdigit() and old.name != name:
+                if old.is_dir() and old.name.isdigit() and old != place:
                     shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             said = error
@@ -76,37 +86,37 @@ def save(folder: Path, tensors: dict[str, Tensor], description: dict[str, Any], 
         raise ShardedCheckpointError(f"{folder} could not be written: on rank 0 {said or 'it failed'}")
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """The description of the newest complete checkpoint.
+def load(folder: Path, group: Group, device: torch.device | str = "cpu") -> Saved:
+    """The newest complete checkpoint, cut evenly for these ranks, however many had written it. A collective.
 
     Raises:
         FileNotFoundError: there is none.
+        ShardedCheckpointError: on every rank, where any of them could not read its part.
     """
-    name = _current(folder)
-    if name is None:
+    if _number(folder) < 0:
         raise FileNotFoundError(f"no checkpoint in {folder}")
-    return json.loads((folder / name / DESCRIPTION).read_text())
+    place = folder / (folder / CURRENT).read_text()
+    content = json.loads((place / CONTENT).read_text())
+    sharding = Sharding.even(group, content["rows"])
 
+    def empty(kind: dict[str, Any], rows: int | None = None) -> Tensor:
+        shape = kind["shape"] if rows is None else [rows, *kind["shape"][1:]]
+        return torch.empty(shape, dtype=getattr(torch, kind["dtype"]), device=device)
 
-def load(folder: Path, tensors: dict[str, Tensor], group: Group) -> None:
-    """Fills `tensors`, DTensors or others as in `save`, in place. A collective."""
-    name = _current(folder)
-    if name is None:
-        raise FileNotFoundError(f"no checkpoint in {folder}")
-    reader = dcp.HuggingFaceStorageReader(str(folder / name))
-    held = reader.read_metadata().state_dict_metadata
-    state = {key: _at_least_1d(x) for key, x in tensors.items()}
-    for key, x in state.items():
-        if x.numel() and (
-            key not in held or held[key].size != x.shape or held[key].properties.dtype != x.dtype
-        ):
-            got = f"{list(held[key].size)} {held[key].properties.dtype}" if key in held else "nothing"
-            raise ShardedCheckpointError(
-                f"{folder / name}: {key} must be {list(x.shape)} {x.dtype}, the checkpoint has {got}"
-            )
-    state = {key: x for key, x in state.items() if x.numel()}
-    with _in_words(f"{folder} could not be read"):
-        dcp.load(state, storage_reader=reader, process_group=group.process_group, no_dist=not _started())
+    saved = Saved(
+        content["description"],
+        sharding,
+        {name: empty(kind, sharding.count) for name, kind in content["shards"].items()},
+        {name: empty(kind) for name, kind in content["others"].items()},
+    )
+    with _in_words(f"{place} could not be read"):
+        dcp.load(
+            _state(saved),
+            storage_reader=dcp.HuggingFaceStorageReader(str(place)),
+            process_group=group.process_group,
+            no_dist=not _started(),
+        )
+    return saved
 
 
 def as_shard(own: Tensor, sharding: Sharding) -> Tensor:
@@ -114,8 +124,6 @@ def as_shard(own: Tensor, sharding: Sharding) -> Tensor:
     group = sharding.group
     if not _started():
         return own
-    if sharding.starts != Sharding.even(group, sharding.total).starts:
-        raise ValueError("as_shard: the rows must be cut evenly")
     mesh = DeviceMesh.from_group(group.process_group or dist.group.WORLD, own.device.type)
     shape = torch.Size((sharding.total, *own.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
@@ -162,10 +170,19 @@ def _started() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _at_least_1d(x: Tensor) -> Tensor:
-    return x if isinstance(x, DTensor) or x.ndim else x.view(1)
+def _state(saved: Saved) -> dict[str, Tensor]:
+    """As torch.distributed.checkpoint takes it: without tensors that have no elements, or no dimension."""
+    shards = {name: as_shard(x, saved.sharding) for name, x in saved.shards.items()}
+    others = {name: x.view(1) if x.ndim == 0 else x for name, x in saved.others.items()}
+    return {name: x for name, x in (shards | others).items() if x.numel()}
 
 
-def _current(folder: Path) -> str | None:
+def _kind(x: Tensor, rows: int | None = None) -> dict[str, Any]:
+    shape = list(x.shape) if rows is None else [rows, *x.shape[1:]]
+    return {"shape": shape, "dtype": str(x.dtype).removeprefix("torch.")}
+
+
+def _number(folder: Path) -> int:
+    """Of the newest complete checkpoint; -1 without one."""
     path = folder / CURRENT
-    return path.read_text().strip() if path.exists() else None
+    return int(path.read_text()) if path.exists() else -1

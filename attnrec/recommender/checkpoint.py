@@ -6,7 +6,6 @@ A file is written beside its place and renamed into it, so that a failed or kill
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from attnrec.files import write_file
+
 KEY = "attnrec"
 Tensors = dict[str, Tensor]
 
 
 class CheckpointError(RuntimeError):
     """A file that is no checkpoint, or not one of this model."""
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Replaces a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, tensors: Tensors, description: dict[str, Any]) -> None:

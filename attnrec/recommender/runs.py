@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich import box
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -47,19 +48,32 @@ def train_head(
     *,
     resume: bool = False,
     tensorboard: bool = False,
+    prepare: Callable[[RetrievalTask | RankingTask], None] = lambda task: None,
     **changes: Any,
 ) -> tuple[RetrievalTask | RankingTask, list[dict[str, float]]]:
     """Trains a head into `folder/<head>` and returns it with the best weights, and the rows of its epochs.
 
+    Under torchrun the processes train the retrieval head together, and the first one prints and writes.
+
     Args:
         resume, changes: see `train.fit`; settings of `TrainConfig` other than the head's own.
         tensorboard: write the epochs' metrics for TensorBoard, too (needs the extra `tensorboard`).
+        prepare: is called with the task before it is trained.
     """
     config = replace(SETTINGS[head], **changes)
     torch.manual_seed(config.seed)  # the weights at the start
     task = make_task(head, encoded)
+    prepare(task)
     folder = folder / head
     with contextlib.ExitStack() as stack:
+        processes = None
+        if dist.is_torchelastic_launched():
+            # here: what it imports of torch.distributed takes half as long as torch itself
+            from .distributed import together
+
+            processes = stack.enter_context(together(task, folder.parent))
+            console.quiet = dist.get_rank() > 0
+            tensorboard = tensorboard and not console.quiet
         progress = stack.enter_context(_progress(console))
         log = stack.enter_context(_tensorboard_log(folder)) if tensorboard else None
         bar = progress.add_task(f"{head} epoch 1", total=None)
@@ -76,7 +90,9 @@ def train_head(
                 for name, value in row.items():
                     log.add_scalar(f"{head}/{name}", value, epoch)
 
-        rows = fit(task, config, folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
+        rows = fit(
+            task, config, folder, resume=resume, on_step=on_step, on_epoch=on_epoch, processes=processes
+        )
     return task, rows
 
 

@@ -2,16 +2,18 @@
 
 After every epoch the folder holds `last.safetensors`, all that the next epoch depends on (weights, averages,
 optimizer, random states), and `best.safetensors`, the weights to use. A run that was killed and goes on
-from `last` gets the same weights, bitwise, as one that was not.
+from `last` gets the same weights, bitwise, as one that was not. What is different where several processes
+train one model is in `distributed.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .checkpoint import CheckpointError, part, prefixed
+
+BEST, LAST, LAST_SHARDED = "best.safetensors", "last.safetensors", "last"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Task(Protocol):
     metric: str  # of validate(), higher is better
     model: nn.Module
     description: dict[str, Any]  # what another run must agree with to go on from a checkpoint
+    vocabulary: dict[str, Any]  # the names of its rows, kept with the best weights
 
     def batches(self, size: int, random: torch.Generator) -> Iterator[Any]: ...
 
@@ -54,6 +59,78 @@ class Task(Protocol):
 Report = Callable[[dict[str, float]], None]
 
 
+@dataclass
+class State:
+    """All that the next step depends on, but for the random state of dropout."""
+
+    model: nn.Module
+    averaged: nn.Module
+    optimizer: torch.optim.Optimizer
+    order: torch.Generator  # of the batches
+    rows: list[dict[str, float]] = field(default_factory=list)  # of the epochs so far
+    step: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            **prefixed("model", self.model.state_dict()),
+            **prefixed("averaged", self.averaged.state_dict()),
+            **prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer)),
+            "random.order": self.order.get_state(),
+        }
+
+    def restore(self, path: Path, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+        self.rows, self.step = saved["rows"], saved["step"]
+        checkpoint.load_weights(path, self.model, part("model", tensors))
+        checkpoint.load_weights(path, self.averaged, part("averaged", tensors))
+        checkpoint.restore_optimizer(self.optimizer, part("optimizer", tensors))
+        self.order.set_state(tensors["random.order"])
+
+
+class ProcessesError(RuntimeError):
+    """What several processes cannot do."""
+
+
+class OneProcess:
+    """What the loop leaves to this: its part of a batch, its gradients, and the files."""
+
+    def part(self, batch: Any) -> Any:
+        """What this process computes of a batch."""
+        return batch
+
+    def start_epoch(self, seed: int, epoch: int) -> None:
+        """Before the epoch's first batch; dropout's random state just goes on."""
+
+    def clip(self, model: nn.Module, largest: float) -> None:
+        """Completes the gradients and clips their norm."""
+        nn.utils.clip_grad_norm_(model.parameters(), largest)
+
+    def save_last(self, folder: Path, state: State, description: dict[str, Any]) -> None:
+        tensors = {**state.tensors(), "random.dropout": torch.get_rng_state()}
+        saved = {"description": description, "rows": state.rows, "step": state.step}
+        checkpoint.save_checkpoint(folder / LAST, tensors, saved)
+        shutil.rmtree(folder / LAST_SHARDED, ignore_errors=True)  # of another run
+
+    def load_last(self, folder: Path, state: State, description: dict[str, Any]) -> None:
+        """Goes on from the last epoch, where there is one."""
+        last = folder / LAST
+        if (folder / LAST_SHARDED).exists():
+            raise CheckpointError(
+                f"{folder / LAST_SHARDED}: made under torchrun: go on under it, with any number of processes"
+            )
+        if last.exists():
+            tensors, saved = checkpoint.load_checkpoint(last)
+            require_same(last, saved["description"], description)
+            state.restore(last, tensors, saved)
+            torch.set_rng_state(tensors["random.dropout"])
+
+    def save_best(self, folder: Path, model: nn.Module, description: dict[str, Any]) -> None:
+        checkpoint.save_checkpoint(folder / BEST, model.state_dict(), description)
+
+    def load_best(self, folder: Path, model: nn.Module) -> None:
+        tensors, _ = checkpoint.load_checkpoint(folder / BEST)
+        checkpoint.load_weights(folder / BEST, model, tensors)
+
+
 def fit(
     task: Task,
     config: TrainConfig,
@@ -62,13 +139,15 @@ def fit(
     resume: bool = False,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     on_epoch: Report = lambda row: None,
+    processes: OneProcess | None = None,
 ) -> list[dict[str, float]]:
     """Trains until validation stops improving and leaves the best averaged weights in `task.model`.
 
     Args:
-        resume: go on from `folder/last.safetensors` where there is one.
+        resume: go on from the folder's last checkpoint where there is one.
         on_step: is called with the epoch's step number and how many it has.
         on_epoch: is called with the epoch's row: epoch, loss, seconds and the validation metrics.
+        processes: those that train together (`distributed.Processes`); this one alone by default.
 
     Returns:
         The rows of all epochs.
@@ -77,63 +156,46 @@ def fit(
         CheckpointError: the checkpoint to go on from belongs to another configuration.
     """
     torch.manual_seed(config.seed)
+    processes = processes or OneProcess()
     random = torch.Generator().manual_seed(config.seed)
-    averaged = copy.deepcopy(task.model)
-    optimizer = _optimizer(task.model, config)
+    state = State(task.model, copy.deepcopy(task.model), _optimizer(task.model, config), random)
     # a run that stopped may go on with more patience: that changes no weights
     settings = {name: value for name, value in asdict(config).items() if name != "patience"}
     description = {**task.description, "metric": task.metric, "train": settings}
-    rows: list[dict[str, float]] = []
-    step = 0
-    last = folder / "last.safetensors"
-    if resume and last.exists():
-        tensors, saved = checkpoint.load_checkpoint(last)
-        _require_same(last, saved["description"], description)
-        rows, step = saved["rows"], saved["step"]
-        checkpoint.load_weights(last, task.model, part("model", tensors))
-        checkpoint.load_weights(last, averaged, part("averaged", tensors))
-        checkpoint.restore_optimizer(optimizer, part("optimizer", tensors))
-        torch.set_rng_state(tensors["random.dropout"])
-        random.set_state(tensors["random.order"])
+    if resume:
+        processes.load_last(folder, state, description)
 
-    while not _finished(rows, task.metric, config):
+    while not _finished(state.rows, task.metric, config):
         started = time.perf_counter()
+        epoch = len(state.rows)
         task.model.train()
+        processes.start_epoch(config.seed, epoch)
         batches = list(task.batches(config.batch_users, random))
         total = 0.0
         for number, batch in enumerate(batches):
-            _set_learning_rate(optimizer, config, step, config.epochs * len(batches))
-            loss = task.loss(batch)
-            optimizer.zero_grad()
+            _set_learning_rate(state.optimizer, config, state.step, config.epochs * len(batches))
+            loss = task.loss(processes.part(batch))
+            state.optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(task.model.parameters(), config.clip)
-            optimizer.step()
-            step += 1
-            _average(averaged, task.model, min(config.average, step / (step + 10)))
+            processes.clip(task.model, config.clip)
+            state.optimizer.step()
+            state.step += 1
+            _average(state.averaged, task.model, min(config.average, state.step / (state.step + 10)))
             total += loss.item()
             on_step(number + 1, len(batches))
-        averaged.eval()
-        metrics = task.validate(averaged)
+        state.averaged.eval()
+        metrics = task.validate(state.averaged)
         seconds = time.perf_counter() - started
-        rows.append({"epoch": len(rows), "loss": total / len(batches), **metrics, "seconds": seconds})
-        if _best(rows, task.metric) == len(rows) - 1:
-            kept = {"description": description, "row": rows[-1]}
-            checkpoint.save_checkpoint(folder / "best.safetensors", averaged.state_dict(), kept)
-        tensors = {
-            **prefixed("model", task.model.state_dict()),
-            **prefixed("averaged", averaged.state_dict()),
-            **prefixed("optimizer", checkpoint.optimizer_tensors(optimizer)),
-            "random.dropout": torch.get_rng_state(),
-            "random.order": random.get_state(),
-        }
-        checkpoint.save_checkpoint(last, tensors, {"description": description, "rows": rows, "step": step})
-        on_epoch(rows[-1])
+        state.rows.append({"epoch": epoch, "loss": total / len(batches), **metrics, "seconds": seconds})
+        if _best(state.rows, task.metric) == epoch:
+            kept = {"description": description, "row": state.rows[-1], "vocabulary": task.vocabulary}
+            processes.save_best(folder, state.averaged, kept)
+        processes.save_last(folder, state, description)
+        on_epoch(state.rows[-1])
 
-    best = folder / "best.safetensors"
-    tensors, _ = checkpoint.load_checkpoint(best)
-    checkpoint.load_weights(best, task.model, tensors)
+    processes.load_best(folder, task.model)
     task.model.eval()
-    return rows
+    return state.rows
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -181,7 +243,7 @@ def _finished(rows: list[dict[str, float]], metric: str, config: TrainConfig) ->
     return len(rows) >= config.epochs or len(rows) - 1 - _best(rows, metric) >= config.patience
 
 
-def _require_same(path: Path, saved: Any, wanted: Any) -> None:
+def require_same(path: Path, saved: Any, wanted: Any) -> None:
     for key in sorted(saved.keys() | wanted.keys()):
         if saved.get(key) != wanted.get(key):
             raise CheckpointError(

@@ -44,21 +44,24 @@ def together(
     task: RetrievalTask | RankingTask, folder: Path, timeout: timedelta = TIMEOUT
 ) -> Iterator[Processes]:
     """In the block the processes that torchrun started have the task's model in parts; after it the task has
-    the best weights of `folder`, whole.
+    the best weights of `folder`, whole. They are connected over gloo, where they are not yet.
 
     Raises:
         ProcessesError: it is the ranking head.
     """
     if not isinstance(task, RetrievalTask):
         raise ProcessesError("the ranking head is trained by one process: start it without torchrun")
-    dist.init_process_group("gloo", timeout=timeout)
+    connected = dist.is_initialized()
+    if not connected:
+        dist.init_process_group("gloo", timeout=timeout)
     group = Group()
     whole, task.model = task.model, ShardedRetrieval.of(task, group)
     yield Processes(group)
     task.model = whole
+    group.counts(0, torch.device("cpu"))  # rank 0 has written the best weights
     restore(task, folder)
-    # not after an error: the others may never come to the end
-    dist.destroy_process_group()
+    if not connected:  # and not after an error: the others may never come to the end
+        dist.destroy_process_group()
 
 
 class ShardedRetrieval(Retrieval):

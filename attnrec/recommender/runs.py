@@ -67,7 +67,7 @@ def train_head(
     folder = folder / head
     with contextlib.ExitStack() as stack:
         processes = None
-        if dist.is_torchelastic_launched():
+        if dist.is_available() and dist.is_torchelastic_launched():
             # here: what it imports of torch.distributed takes half as long as torch itself
             from .distributed import together
 

@@ -109,9 +109,9 @@ def test_rows_around_blocks_and_groups(rows, dtype):
 
 
 @given(
-    rows=st.integers(0, 40),
-    items=st.integers(1, 300),
-    dim=st.sampled_from([4, 16, 20]),
+    rows=st.integers(0, 40) | st.integers(0, RUNNER.smaller(150)),
+    items=st.integers(1, 300) | st.integers(1, RUNNER.smaller(9000)),
+    dim=st.sampled_from([4, 16, 20]) | st.integers(1, 70),
     dtype=st.sampled_from(DTYPES),
     names=st.sampled_from(list(combinations())),
     ignore_index=st.sampled_from([IGNORED, -1, 0, 3]),

@@ -250,15 +250,20 @@ void scatter_to_items(const CrossEntropyArguments& arguments, const std::vector<
   starts.push_back(static_cast<int64_t>(order.size()));
   for_each_unit(static_cast<int64_t>(starts.size()) - 1, [&](int64_t s) {
     const int64_t id = id_of(order[starts[s]]);
-    std::vector<Real> sum(table ? D : 0);
+    Real* sum = static_cast<Real*>(thread_scratch(D * static_cast<int64_t>(sizeof(Real))));
+    std::fill_n(sum, D, Real{0});
     double bias_sum = 0;
     for (int64_t i = starts[s]; i < starts[s + 1]; i++) {
       const int64_t row = order[i] - M;
       if (bias) bias_sum += row < 0 ? bias_of_negatives[order[i]] : target_grad[row];
-      for (int64_t d = 0; table && d < D; d++) {
-        sum[d] += row < 0 ? of_negatives[order[i] * D + d]
-                          : static_cast<Real>(target_grad[row] * a.scale) *
-                                load_element<Real>(a.query.at(row, 0, a.element), d, a.element);
+      if (!table) continue;
+      if (row < 0) {
+        const Real* of_negative = of_negatives + order[i] * D;
+        for (int64_t d = 0; d < D; d++) sum[d] += of_negative[d];
+      } else {
+        const Real factor = static_cast<Real>(target_grad[row] * a.scale);
+        const void* user = a.query.at(row, 0, a.element);
+        for (int64_t d = 0; d < D; d++) sum[d] += factor * load_element<Real>(user, d, a.element);
       }
     }
     for (int64_t d = 0; table && d < D; d++) store_element(table, id * D + d, a.element, sum[d]);

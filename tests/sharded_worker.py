@@ -157,6 +157,17 @@ def topk_is_bitwise_that_of_one_process():
 
 
 @check
+def filters_change_nothing_but_the_lse():
+    table, users = normal(3000, 32), normal(6, 32, seed=1)
+    scores, ids, lse = attnrec.catalog_topk(users, table, 40)
+    for dtype in ("bf16", "int8"):
+        got = ShardedCatalog(table, dtype=dtype).topk(users, 40)
+        assert torch.equal(got[0], scores)
+        assert torch.equal(got[1], ids)
+        assert (got[2] - lse).abs().max() <= 0.1
+
+
+@check
 def equal_scores_come_by_the_lower_id():
     table, users = integers(300, 4, largest=1), integers(5, 4, seed=1, largest=1)
     table[150:] = table[:150]

@@ -152,13 +152,15 @@ class ShardedCatalog:
         missing = (0, k - scores.shape[1])
         scores = F.pad(scores, missing, value=-float("inf"))
         ids = F.pad(ids.where(ids < 0, ids + self._sharding.first), missing, value=-1)
+        found = torch.cat([scores, lse.unsqueeze(1)], dim=1)  # one message instead of two
         if counts is None:
-            scores, ids, lse = group.gather(scores), group.gather(ids), group.gather(lse)
+            found, ids = group.gather(found), group.gather(ids)
         else:
-            scores, ids, lse = (
+            found, ids = (
                 torch.stack(group.exchange(x.split(counts), [counts[group.rank]] * group.size))
-                for x in (scores, ids, lse)
+                for x in (found, ids)
             )
+        scores, lse = found[:, :, :k], found[:, :, k]
         # Rank by rank, so that among equal scores the lower id comes first, as in each rank's own list.
         best = scores.transpose(0, 1).flatten(1).sort(dim=1, descending=True, stable=True)
         ids = ids.transpose(0, 1).flatten(1).gather(1, best.indices[:, :k])

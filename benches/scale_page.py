@@ -83,6 +83,9 @@ are spread over the processes, the encoder is the same on all. The run can be ki
 `--resume`, on the same number of processes to bitwise the same weights, or on another number. (The `--` is
 for torchrun, which would take `--run` for one of its own options.) The ranking head is trained by one
 process.
+
+A script of your own ends best with `attnrec.catalog.sharded_group.disconnect()`: a process whose interpreter
+ends while gloo's threads still hold a tensor is aborted by PyTorch, and torchrun reports a failure.
 """
 
 MEASURED = """## Measured here

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from attnrec import ShardedCatalog
-from attnrec.catalog.sharded_group import Group, Sharding
+from attnrec.catalog.sharded_group import Group, Sharding, disconnect
 
 SAMPLES, LEAST_SECONDS = 5, 0.3
 
@@ -98,7 +98,7 @@ def main(cases: Path, results: Path) -> None:
         found.append({**case, "ranks": group.size, **timed(call_of(case, group), group, received)})
     if group.rank == 0:
         results.write_text(json.dumps(found))
-    dist.destroy_process_group()
+    disconnect()
 
 
 if __name__ == "__main__":

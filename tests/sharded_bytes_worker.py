@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from attnrec import ShardedCatalog
+from attnrec.catalog.sharded_group import disconnect
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # benches/ is not installed
@@ -24,4 +25,4 @@ events = catalog.lookup(torch.randint(0, 30, (9,)), own_ids=True)
 catalog.cross_entropy(events[:5], torch.randint(0, 30, (5,)), own_users=True).backward()
 if dist.get_rank() == 0:
     Path(sys.argv[1], "bytes.json").write_text(json.dumps({"topk": topk, "loss": received.total}))
-dist.destroy_process_group()
+disconnect()

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import attnrec
 from attnrec import ShardedCatalog, reference
 from attnrec.catalog import sharded_checkpoint
-from attnrec.catalog.sharded_group import Group
+from attnrec.catalog.sharded_group import Group, disconnect
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 INF, NAN = float("inf"), float("nan")
@@ -549,7 +549,7 @@ def run_checks() -> None:
         except Exception:
             said = traceback.format_exc()
         (FOLDER / f"{name}.{RANK}").write_text(said)
-    dist.destroy_process_group()
+    disconnect()
 
 
 def lose_a_rank(how: str) -> None:

@@ -6,6 +6,7 @@ and is the same on every rank: `all_reduce` promises neither.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,17 @@ class Group:
         flat[: x.numel()] = x.reshape(-1)
         own = self.scatter_sum(flat, [chunk] * self.size)
         return self.gather(own).reshape(-1)[: x.numel()].view(x.shape)
+
+
+def disconnect() -> None:
+    """Ends torch.distributed in this process, once all ranks have come here. A collective.
+
+    Gloo's threads let go of a collective's tensors a little after it has returned, need the interpreter for
+    that, and abort the process where that is at its end just then: so give them the time.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(0.2)
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from attnrec import ShardedCatalog
 from attnrec.catalog import sharded_checkpoint
 from attnrec.catalog.sharded_checkpoint import Saved, as_shard
-from attnrec.catalog.sharded_group import Group, Sharding
+from attnrec.catalog.sharded_group import Group, Sharding, disconnect
 
 from . import checkpoint
 from .checkpoint import CheckpointError
@@ -61,7 +61,7 @@ def together(
     group.counts(0, torch.device("cpu"))  # rank 0 has written the best weights
     restore(task, folder)
     if not connected:  # and not after an error: the others may never come to the end
-        dist.destroy_process_group()
+        disconnect()
 
 
 class ShardedRetrieval(Retrieval):

@@ -50,20 +50,11 @@ struct Pairs {
     }
   }
 
-  // A query row among the block's, rows[pair of d][r]. The scale comes in with `scaled`.
-  static void load_query(const void* data, Element, int head_dim, Real, Real*, int r, Item* rows) {
-    const auto* from = static_cast<const BFloat16*>(data);
-    for (int p = 0; p < head_dim / 2; p++) std::memcpy(rows + p * V::kRows + r, from + 2 * p, sizeof(Item));
-    if (head_dim % 2) {
-      Item last = 0;
-      std::memcpy(&last, from + head_dim - 1, sizeof *from);
-      rows[head_dim / 2 * V::kRows + r] = last;
-    }
+  // A register of a row's items from the i-th on. The scale comes in with `scaled`.
+  ATTNREC_INLINE typename V::Reg load_part(const void* data, Element, int i, int head_dim, Real) {
+    return V::load_pairs(static_cast<const BFloat16*>(data) + 2 * i, head_dim - 2 * i);
   }
-
-  static void clear_query(int head_dim, int r, Item* rows) {
-    for (int p = 0; p < depth(head_dim); p++) rows[p * V::kRows + r] = 0;
-  }
+  ATTNREC_INLINE void store(Item* p, typename V::Reg r) { V::store_pairs(p, r); }
 
   template <bool kApart, class... Arguments>
   ATTNREC_INLINE void sum(int rows, const Item* weight, int row_step, int pair_step, const Item* from,

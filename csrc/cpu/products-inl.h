@@ -130,15 +130,17 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
   }
   const int width = padded<V>(head_dim);
   *row_stride = width;
-  for (int i = 0; i < n; i++) {
-    typename V::Real* row = copy + static_cast<int64_t>(i) * width;
-    if (hide && hide[i] == -std::numeric_limits<float>::infinity()) {
-      for (int d = 0; d < width; d += V::kWidth) V::store(row + d, V::zero());
-    } else {
-      load_row<V>(static_cast<const char*>(data) + i * stride * element_bytes(element), element, head_dim, 1,
-                  row);
+  with_element<V>(element, data, [&](auto* from) __attribute__((always_inline)) {
+    for (int i = 0; i < n; i++) {
+      typename V::Real* row = copy + static_cast<int64_t>(i) * width;
+      for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*from)))
+        __builtin_prefetch(from + (i + kPrefetchEvents) * stride + d);
+      const bool seen = !(hide && hide[i] == -std::numeric_limits<float>::infinity());
+      for (int d = 0; d < width; d += V::kWidth) {
+        V::store(row + d, seen ? load_part<V>(from + i * stride + d, head_dim - d) : V::zero());
+      }
     }
-  }
+  });
   return copy;
 }
 
@@ -147,41 +149,50 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
 template <class V>
 struct Numbers;
 
-// scores[r][event] = Σ_d rows[d][r] · panel[d][event] for M rows and the events of `panels` panels, where d
-// counts the items of a row.
-template <class V, class Products, int M>
-void score_block(const typename Products::Item* rows, const typename Products::Item* panel, int panels,
-                 int head_dim, typename V::Real factor, typename V::Real* scores) {
+// scores[r][event] = Σ_d rows[d][r] · panel[d][event] for M rows and the first N registers of a panel's
+// events, where d counts the items of a row.
+template <class V, class Products, int M, int N>
+ATTNREC_INLINE void score_panel(const typename Products::Item* rows, const typename Products::Item* panel,
+                                int depth, typename V::Real factor, typename V::Real* scores) {
   constexpr int W = V::kWidth, kSteps = Products::kChainSteps;
-  const int depth = Products::depth(head_dim);
-  for (int p = 0; p < panels; p++, panel += static_cast<int64_t>(2 * W) * depth, scores += 2 * W) {
-    // Chains of at most kChain products, added up: with D = 256 in one chain the error was 3 times a GEMM's.
-    for (int begin = 0; begin < depth; begin += kSteps) {
-      typename V::Reg sum[M][2];
+  // Chains of at most kChain products, added up: with D = 256 in one chain the error was 3 times a GEMM's.
+  for (int begin = 0; begin < depth; begin += kSteps) {
+    typename V::Reg sum[M][N];
 #pragma GCC unroll 8
-      for (int r = 0; r < M; r++) sum[r][0] = sum[r][1] = V::zero();
-      const int end = depth - begin < kSteps ? depth : begin + kSteps;
+    for (int r = 0; r < M; r++) {
+      for (int j = 0; j < N; j++) sum[r][j] = V::zero();
+    }
+    const int end = depth - begin < kSteps ? depth : begin + kSteps;
 #pragma GCC unroll 4
-      for (int d = begin; d < end; d++) {
-        const typename V::Reg k0 = Products::load(panel + d * 2 * W);
-        const typename V::Reg k1 = Products::load(panel + d * 2 * W + W);
-#pragma GCC unroll 8
-        for (int r = 0; r < M; r++) {
-          const typename V::Reg q = Products::set1(rows[d * V::kRows + r]);
-          sum[r][0] = Products::multiply_add(q, k0, sum[r][0]);
-          sum[r][1] = Products::multiply_add(q, k1, sum[r][1]);
-        }
-      }
+    for (int d = begin; d < end; d++) {
+      typename V::Reg k[N];
+      for (int j = 0; j < N; j++) k[j] = Products::load(panel + d * 2 * W + j * W);
 #pragma GCC unroll 8
       for (int r = 0; r < M; r++) {
-        typename V::Real* to = scores + r * kKeys;
-        const typename V::Reg s0 = Products::scaled(sum[r][0], factor);
-        const typename V::Reg s1 = Products::scaled(sum[r][1], factor);
-        V::store(to, begin ? V::add(V::load(to), s0) : s0);
-        V::store(to + W, begin ? V::add(V::load(to + W), s1) : s1);
+        const typename V::Reg q = Products::set1(rows[d * V::kRows + r]);
+        for (int j = 0; j < N; j++) sum[r][j] = Products::multiply_add(q, k[j], sum[r][j]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      for (int j = 0; j < N; j++) {
+        typename V::Real* to = scores + r * kKeys + j * W;
+        const typename V::Reg s = Products::scaled(sum[r][j], factor);
+        V::store(to, begin ? V::add(V::load(to), s) : s);
       }
     }
   }
+}
+
+// The scores of M rows and `registers` registers of events, in panels of 2.
+template <class V, class Products, int M>
+void score_block(const typename Products::Item* rows, const typename Products::Item* panel, int registers,
+                 int head_dim, typename V::Real factor, typename V::Real* scores) {
+  constexpr int W = V::kWidth;
+  const int depth = Products::depth(head_dim);
+  for (; registers > 1; registers -= 2, panel += static_cast<int64_t>(2 * W) * depth, scores += 2 * W)
+    score_panel<V, Products, M, 2>(rows, panel, depth, factor, scores);
+  if (registers > 0) score_panel<V, Products, M, 1>(rows, panel, depth, factor, scores);
 }
 
 // out[r][:] += Σ_i factor[r * factor_row + i * factor_step] · values[i][:], i in order, for M rows of `width`
@@ -285,10 +296,29 @@ void accumulate_seen(int rows, const int* seen, const typename V::Real* factor,
   }
 }
 
-// M rows of working numbers as rows[d][r], the layout that `scores` reads.
-template <class V>
-ATTNREC_INLINE void interleave_row(const typename V::Real* row, int head_dim, int r, typename V::Real* rows) {
-  for (int d = 0; d < head_dim; d++) rows[d * V::kRows + r] = row[d];
+// Items of a block of rows that `scores` reads, and of the register that is stored beyond them.
+template <class V, class Products>
+int block_items(int head_dim) {
+  return V::kRows * Products::depth(head_dim) + V::kWidth;
+}
+
+// Vectors of `count` rows, found by at(r) (null: zeros), as rows[d][r], the layout that `scores` reads.
+template <class V, class Products, class At>
+void interleave_rows(int count, At&& at, Element element, int head_dim, typename V::Real factor,
+                     typename Products::Item* to) {
+  constexpr int W = V::kWidth;
+  static_assert(V::kRows <= W);
+  const int depth = Products::depth(head_dim);
+  const void* rows[V::kRows];
+  for (int r = 0; r < count; r++) rows[r] = at(r);
+  for (int d = 0; d < depth; d += W) {
+    typename V::Reg r[W];
+    for (int i = 0; i < W; i++)
+      r[i] = i < count && rows[i] ? Products::load_part(rows[i], element, d, head_dim, factor) : V::zero();
+    V::transpose(r);
+    // In rising order: what a register has beyond kRows is overwritten by the next.
+    for (int i = 0; i < W && d + i < depth; i++) Products::store(to + (d + i) * V::kRows, r[i]);
+  }
 }
 
 // Σ_d a[d]·b[d] of two padded rows, the order that self slots use.
@@ -321,16 +351,16 @@ struct Numbers {
     pack_panels<V>(data, element, stride, n, head_dim, hide, panels);
   }
 
-  // A query row, times `factor`, among the block's; `row` is room for it.
-  static void load_query(const void* data, Element element, int head_dim, Real factor, Real* row, int r,
-                         Item* rows) {
-    load_row<V>(data, element, head_dim, factor, row);
-    interleave_row<V>(row, head_dim, r, rows);
+  // A register of a row's items from the d-th on.
+  ATTNREC_INLINE typename V::Reg load_part(const void* data, Element element, int d, int head_dim,
+                                           Real factor) {
+    typename V::Reg part;
+    with_element<V>(element, data, [&](auto* from) __attribute__((always_inline)) {
+      part = V::mul(cpu::load_part<V>(from + d, head_dim - d), V::set1(factor));
+    });
+    return part;
   }
-
-  static void clear_query(int head_dim, int r, Item* rows) {
-    for (int d = 0; d < head_dim; d++) rows[d * V::kRows + r] = 0;
-  }
+  ATTNREC_INLINE void store(Item* p, typename V::Reg r) { V::store(p, r); }
 
   // Values of packed events.
   struct Values {

@@ -48,7 +48,7 @@ struct StreamScratch {
   StreamScratch(Arena& arena, int packed, int head_dim)
       : span(packed),
         panels(arena.take<typename Products::Item>(static_cast<int64_t>(span) * Products::depth(head_dim))),
-        rows(arena.take<typename Products::Item>(V::kRows * Products::depth(head_dim))),
+        rows(arena.take<typename Products::Item>(block_items<V, Products>(head_dim))),
         bias(arena.take<typename V::Real>(span)),
         row(arena.take<typename V::Real>(padded<V>(head_dim))),
         scores(arena.take<typename V::Real>(V::kRows * kKeys)) {}
@@ -88,9 +88,11 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
       for (int r = 0; r < rows; r++) {
         seen_by[r] = seen_events(a, unit, row + r);
         most = greatest(most, seen_by[r]);
-        Products::load_query(a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element),
-                             a.element, D, factor, scratch.row, r, scratch.rows);
       }
+      interleave_rows<V, Products>(
+          rows,
+          [&](int r) { return a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element); },
+          a.element, D, factor, scratch.rows);
       for (int begin = 0; begin < n && packed + begin < most; begin += kKeys) {
         int seen[V::kRows];
         for (int r = 0; r < rows; r++) {
@@ -100,7 +102,7 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
         const int count = static_cast<int>(least(least(kKeys, n - begin), most - packed - begin));
         scores<V, Products>(rows, scratch.rows,
                             scratch.panels + static_cast<int64_t>(begin) * Products::depth(D),
-                            (count + 2 * W - 1) / (2 * W), D, factor, scratch.scores);
+                            (count + W - 1) / W, D, factor, scratch.scores);
         for (int r = 0; r < rows; r++) {
           Real* s = scratch.scores + r * kKeys;
           if (bias) {

@@ -43,7 +43,7 @@ struct Backward {
     value_panels = arena.take<Item>(static_cast<int64_t>(span(a.head_dim)) * Products::depth(a.head_dim));
     query = arena.take<Real>(int64_t{kChunk} * width);
     grad_out = arena.take<Real>(int64_t{kChunk} * width);
-    grad_out_rows = arena.take<Item>(V::kRows * Products::depth(a.head_dim));
+    grad_out_rows = arena.take<Item>(block_items<V, Products>(a.head_dim));
     grad_weight = arena.take<Real>(V::kRows * kKeys);
     weight = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
     grad_score = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
@@ -92,7 +92,7 @@ struct Backward {
     if (t.first_row != block) start_block(t);
     scores<V, Products>(t.rows, grad_out_rows,
                         value_panels + static_cast<int64_t>(t.packed_event) * Products::depth(a.head_dim),
-                        (most(t.seen, t.rows) + 2 * W - 1) / (2 * W), a.head_dim, Real{1}, grad_weight);
+                        (most(t.seen, t.rows) + W - 1) / W, a.head_dim, Real{1}, grad_weight);
     const int64_t at = (int64_t{t.packed_event} * kChunk) + int64_t{place} * kKeys;
     int seen_here[V::kRows];
     for (int r = 0; r < t.rows; r++) {
@@ -256,11 +256,8 @@ struct Backward {
       if (blind) {
         clear(q, width);
         clear(d_out, width);
-        Products::clear_query(a.head_dim, r, grad_out_rows);
       } else {
         load_row<V>(a.query.at(c, h, a.element), a.element, a.head_dim, 1, q);
-        Products::load_query(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, d_out, r,
-                             grad_out_rows);
         load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, d_out);
       }
       for (int d = 0; d < width; d += W) {
@@ -269,6 +266,13 @@ struct Backward {
       const int64_t events = seen_events(a, unit, block + r) - packed;
       seen[place + r] = static_cast<int>(blind ? 0 : greatest(0, least(events, span(a.head_dim))));
     }
+    interleave_rows<V, Products>(
+        t.rows,
+        [&](int r) -> const void* {
+          if (!sees(whole_row(block + r))) return nullptr;
+          return g.grad_out.at(unit.candidate(block + r), unit.query_head(block + r), a.element);
+        },
+        a.element, a.head_dim, 1, grad_out_rows);
     finite = finite && V::sum(check) == 0;
   }
 

@@ -118,7 +118,7 @@ def test_mistakes_are_told_in_a_line(folder, run, capsys, command, message):
 
 
 def test_every_command_has_help(capsys):
-    for command in ([], ["data"], ["train"], ["evaluate"], ["recommend"], ["explain"]):
+    for command in ([], ["data"], ["train"], ["update"], ["evaluate"], ["recommend"], ["explain"]):
         with pytest.raises(SystemExit, match="0"):
             cli.main([*command, "--help"])
         assert "usage: python -m attnrec.recommender" in capsys.readouterr().out

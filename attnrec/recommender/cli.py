@@ -1,4 +1,4 @@
-"""The command line: `python -m attnrec.recommender {data,train,evaluate,recommend,explain}`."""
+"""The command line: `python -m attnrec.recommender {data,train,update,evaluate,recommend,explain}`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from .data import Interactions, UnknownNameError, load
 from .movielens import LICENSE, DataError, movielens_100k
 from .serve import Recommender, load_heads
 from .tasks import Encoded, encode_data
+from .train import ProcessesError
+from .update import EPOCHS, update_head
 
 MOVIELENS = "movielens-100k"
 DEFAULT_RUN = Path("runs") / MOVIELENS
@@ -28,6 +30,7 @@ MENDABLE = (
     DataSetError,
     FileNotFoundError,
     UnknownNameError,
+    ProcessesError,
     runs.MissingExtraError,
 )
 
@@ -78,6 +81,20 @@ def _parser() -> argparse.ArgumentParser:
         "--tensorboard", action="store_true", help="write TensorBoard logs into the run folder"
     )
     train.set_defaults(command=_train)
+
+    update = commands.add_parser(
+        "update",
+        help="learn from a data set that has grown",
+        description="Goes on from the weights of a run, on the users who have more events now. Users, items "
+        "and categories go by name; new ones are learnt.",
+    )
+    _places(update)
+    update.add_argument("--head", choices=(*runs.HEADS, "both"), default="both")
+    update.add_argument(
+        "--epochs", type=_positive, default=EPOCHS, help=f"at most so many (default: {EPOCHS})"
+    )
+    update.add_argument("--seed", type=int, default=0)
+    update.set_defaults(command=_update)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -185,6 +202,13 @@ def _train(options: argparse.Namespace, console: Console) -> None:
             tensorboard=options.tensorboard,
             **changes,
         )
+    console.print(f"checkpoints are in {options.run}")
+
+
+def _update(options: argparse.Namespace, console: Console) -> None:
+    encoded = _encoded(options)
+    for head in runs.HEADS if options.head == "both" else (options.head,):
+        update_head(head, encoded, options.run, console, epochs=options.epochs, seed=options.seed)
     console.print(f"checkpoints are in {options.run}")
 
 

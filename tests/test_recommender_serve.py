@@ -79,8 +79,9 @@ def recomputed(whole, k):
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
-@pytest.mark.parametrize("window", [200, 12])
+@pytest.mark.parametrize("window", [200, 12, "all", "all but one"])
 def test_absorbed_events_are_as_good_as_a_recomputation(data, layers, window):
+    window = {"all": int(data.lengths[USER]), "all but one": int(data.lengths[USER]) - 1}.get(window, window)
     start = recommender(without_last(data, LATER), layers, window)
     session = start.follow(USER)
     before = [row.item for row in session.recommend(5)]

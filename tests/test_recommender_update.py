@@ -11,7 +11,7 @@ pytest.importorskip(
     "torchmetrics", reason="the recommender needs the extra: pip install 'attnrec[recommender]'"
 )
 
-from attnrec.recommender import cli
+from attnrec.recommender import cli, runs
 from attnrec.recommender.checkpoint import CheckpointError, load_checkpoint
 from attnrec.recommender.data import load
 from attnrec.recommender.model import RankingConfig, RetrievalConfig
@@ -127,6 +127,16 @@ def test_what_cannot_be_carried_is_refused(head, folders):
     weights["encoder.gate.weight"] = weights["encoder.gate.weight"][:1]
     with pytest.raises(CheckpointError, match=r"encoder\.gate\.weight was"):
         kind(**before).carry(weights, start, now)
+
+
+def test_update_trains_on_who_has_more_events(folders, tmp_path, monkeypatch):
+    run = ["--run", str(tmp_path), "--head", "ranking"]
+    assert cli.main(["train", "--data", str(folders[0]), *run, "--epochs", "1"]) == 0
+    trained = []
+    monkeypatch.setattr(runs, "fit", lambda task, *_, **__: trained.append(task))
+    assert cli.main(["update", "--data", str(folders[1]), *run]) == 0
+    before, now = (encode_data(load(folder)).vocabulary() for folder in folders)
+    assert trained[0].training_users.tolist() == before.users_with_more(now)
 
 
 def test_update_goes_on_and_train_would_not(folders, tmp_path, capsys):

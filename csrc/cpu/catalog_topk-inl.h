@@ -8,6 +8,24 @@
 namespace attnrec::cpu {
 namespace {
 
+// Products of n items (up to whole registers) as logits; `added` is their bias, or null, and `hidden` says
+// whether it hides some of them.
+template <class V>
+void finish_logits(double divisor, const typename V::Real* added, bool hidden, int n, typename V::Real* z) {
+  using Real = typename V::Real;
+  constexpr int W = V::kWidth;
+  if (divisor != 1) {
+    const typename V::Reg temperature = V::set1(static_cast<Real>(divisor));
+    for (int i = 0; i < n; i += W) V::store(z + i, V::load(z + i) / temperature);
+  }
+  if (!added) return;
+  for (int i = 0; i < n; i += W) V::store(z + i, V::add(V::load(z + i), V::load(added + i)));
+  // What a bias hides is not looked at: a NaN there plus -inf would be NaN.
+  for (int i = 0; hidden && i < n; i++) {
+    if (added[i] == -std::numeric_limits<Real>::infinity()) z[i] = added[i];
+  }
+}
+
 template <class V>
 struct TopkReadout {
   using Real = typename V::Real;
@@ -46,26 +64,13 @@ struct TopkReadout {
     for (int r = 0; r < t.rows; r++) {
       Real* z = t.scores + r * kKeys;
       const int n = t.seen[r];
-      finish_logits(bias ? bias + t.packed_event : nullptr, n, z);
+      finish_logits<V>(options.temperature, bias ? bias + t.packed_event : nullptr, hidden, n, z);
       if (options.excluded) {
         const int64_t* of_row = options.exclude_offsets + unit.first + t.first_row + r;
         hide_listed(options.excluded + of_row[0], options.excluded + of_row[1], t.first_event, n, z);
       }
       if (options.k > 0) best.take(t.first_row + r, t.first_event, n, z);
       softmax.step(softmax, t.first_row + r, n, z);
-    }
-  }
-
-  void finish_logits(const Real* added, int n, Real* z) {
-    if (options.temperature != 1) {
-      const typename V::Reg temperature = V::set1(static_cast<Real>(options.temperature));
-      for (int i = 0; i < n; i += W) V::store(z + i, V::load(z + i) / temperature);
-    }
-    if (!added) return;
-    for (int i = 0; i < n; i += W) V::store(z + i, V::add(V::load(z + i), V::load(added + i)));
-    // What a bias hides is not looked at: a NaN there plus -inf would be NaN.
-    for (int i = 0; hidden && i < n; i++) {
-      if (added[i] == -std::numeric_limits<Real>::infinity()) z[i] = added[i];
     }
   }
 
@@ -102,6 +107,48 @@ int64_t catalog_topk_unit(const Attention& a, const Unit& unit, void* memory, co
     readout.begin();
     stream(a, unit, scratch, readout);
     readout.finish(parts);
+    return arena.used();
+  });
+}
+
+// scores[i] = one user's logit of item ids[i], bit for bit what the streaming core gives: the same products
+// of rows that are gathered first.
+template <class V>
+int64_t catalog_topk_rescore(const Attention& a, void* memory, const TopkOptions& options, int64_t user,
+                             const int64_t* ids, int64_t count, double* scores) {
+  using Real = typename V::Real;
+  constexpr int W = V::kWidth;
+  return with_products<V>(a.element, [&](auto products) {
+    using Products = decltype(products);
+    Arena arena(memory);
+    StreamScratch<V, Products> scratch(arena, kKeys, a.head_dim);
+    const int64_t bytes = static_cast<int64_t>(a.head_dim) * element_bytes(a.element);
+    // Packing reads ahead by whole registers.
+    char* rows = arena.take<char>(kKeys * bytes + 64);
+    if (!memory) return arena.used();
+    Products::load_query(a.query.at(user, 0, a.element), a.element, a.head_dim, Real{1}, scratch.row, 0,
+                         scratch.rows);
+    for (int64_t first = 0; first < count; first += kKeys) {
+      const int n = static_cast<int>(least(kKeys, count - first));
+      bool hidden = false;
+      for (int i = 0; i < n; i++) {
+        const int64_t ahead = first + i + kPrefetchEvents;
+        for (int64_t byte = 0; ahead < count && byte < bytes; byte += 64)
+          __builtin_prefetch(static_cast<const char*>(a.key.at(ids[ahead], 0, a.element)) + byte);
+        std::memcpy(rows + i * bytes, a.key.at(ids[first + i], 0, a.element), static_cast<size_t>(bytes));
+      }
+      for (int i = 0; options.bias && i < round_up(n, W); i++) {
+        scratch.bias[i] = i < n ? load_element<Real>(options.bias, ids[first + i] * options.bias_stride,
+                                                     options.bias_element)
+                                : Real{0};
+        hidden |= scratch.bias[i] == -std::numeric_limits<Real>::infinity();
+      }
+      Products::pack_keys(rows, a.element, a.head_dim, n, a.head_dim, nullptr, scratch.panels);
+      attnrec::cpu::scores<V, Products>(1, scratch.rows, scratch.panels, (n + 2 * W - 1) / (2 * W),
+                                        a.head_dim, Real{1}, scratch.scores);
+      finish_logits<V>(options.temperature, options.bias ? scratch.bias : nullptr, hidden, n, scratch.scores);
+      for (int i = 0; i < n; i++) scores[first + i] = scratch.scores[i];
+    }
     return arena.used();
   });
 }

@@ -7,6 +7,7 @@
 
 #include "cpu/arguments.h"
 #include "cpu/catalog_cross_entropy.h"
+#include "cpu/catalog_filter.h"
 #include "cpu/catalog_topk.h"
 #include "cpu/softmax_score.h"
 #include "cpu/target_attention_backward.h"
@@ -41,6 +42,13 @@ struct Kernels {
   int64_t (*catalog_cross_entropy_backward)(const Attention&, const Unit&, void* memory,
                                             const CrossEntropyRows&, const CrossEntropyGradient&);
   int64_t (*catalog_topk)(const Attention&, const Unit&, void* memory, const TopkOptions&, const TopkParts&);
+  int64_t (*catalog_topk_rescore)(const Attention&, void* memory, const TopkOptions&, int64_t user,
+                                  const int64_t* ids, int64_t count, double* scores);
+  // Null where the tier has no products of codes: a filter is then not used.
+  int64_t (*catalog_filter_sample)(const CatalogFilter&, const FilterUsers&, const FilterUnit&, void* memory,
+                                   float* best, int64_t stride, int64_t groups);
+  int64_t (*catalog_filter_scan)(const CatalogFilter&, const FilterUsers&, const FilterUnit&, void* memory,
+                                 const CandidateSink&, FilterSums&);
 };
 
 // Best tier of this processor, or the one that ATTNREC_CPU_TIER names. Throws std::runtime_error where the

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/catalog_cross_entropy-inl.h"
+#include "cpu/catalog_filter-inl.h"
 #include "cpu/catalog_topk-inl.h"
 #include "cpu/probes-inl.h"
 #include "cpu/softmax_score-inl.h"
@@ -12,6 +13,18 @@
 
 namespace attnrec::cpu {
 namespace {
+
+template <class V>
+constexpr decltype(Kernels::catalog_filter_sample) filter_sample() {
+  if constexpr (V::kPairs) return catalog_filter_sample<V>;
+  return nullptr;
+}
+
+template <class V>
+constexpr decltype(Kernels::catalog_filter_scan) filter_scan() {
+  if constexpr (V::kPairs) return catalog_filter_scan<V>;
+  return nullptr;
+}
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
@@ -30,7 +43,10 @@ constexpr Kernels make_kernels(const char* name) {
           catalog_cross_entropy_unit<V>,
           catalog_cross_entropy_target_logits<V>,
           catalog_cross_entropy_backward_unit<V>,
-          catalog_topk_unit<V>};
+          catalog_topk_unit<V>,
+          catalog_topk_rescore<V>,
+          filter_sample<V>(),
+          filter_scan<V>()};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 #include "cpu/tiers/prelude.h"
 
 #if defined(__x86_64__)
-ATTNREC_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+ATTNREC_TARGET_BEGIN("avx512bf16,avx512vnni,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include "cpu/tiers/exp2.h"
 #include "cpu/tiers/vector_avx512_bf16.h"
 //

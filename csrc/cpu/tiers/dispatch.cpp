@@ -30,7 +30,11 @@ const Tier kTiers[] = {
 #if defined(__x86_64__)
     {&kAvx2, has_avx2},
     {&kAvx512, has_avx512},
-    {&kAvx512Bf16, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    // Every processor with the first has the second; systems and hypervisors may take either away.
+    {&kAvx512Bf16,
+     [] {
+       return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+     }},
 #endif
 };
 

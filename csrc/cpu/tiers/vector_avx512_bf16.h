@@ -22,6 +22,12 @@ struct Avx512Bf16Vector : Avx512Vector {
   ATTNREC_INLINE Reg dot(Reg sum, Reg a, Reg b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
   }
+  // sum + a·b for each lane's four pairs of an unsigned and a signed byte, lanes being int32 (AVX512_VNNI).
+  ATTNREC_INLINE Reg dot_bytes(Reg sum, Reg a, Reg b) {
+    return _mm512_castsi512_ps(
+        _mm512_dpbusd_epi32(_mm512_castps_si512(sum), _mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  ATTNREC_INLINE Reg from_int32(Reg lanes) { return _mm512_cvtepi32_ps(_mm512_castps_si512(lanes)); }
   // 16 numbers, rounded, to 8 items.
   ATTNREC_INLINE void round_to_pairs(uint32_t* to, Reg numbers) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(numbers));
@@ -62,6 +68,12 @@ struct Avx512Bf16Vector : Avx512Vector {
     p = fma(p, f, set1(2.4024099e-1f));
     p = fma(p, f, set1(6.9312418e-1f));
     return _mm512_scalef_ps(fma(p, f, set1(1.0f)), n);
+  }
+  // 2^x to 1.8e-3 for a finite x: minimax of the fractional part, and scaled by the whole one.
+  ATTNREC_INLINE Reg exp2_rough(Reg x) {
+    const Reg f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const Reg p = fma(fma(set1(0.33718932f), f, set1(0.6576367f)), f, set1(1.0017246f));
+    return _mm512_scalef_ps(p, x);
   }
 
  private:

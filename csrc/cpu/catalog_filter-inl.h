@@ -1,0 +1,383 @@
+// Scores of a filter's rounded rows, panel by panel, from codes in place. A loop of its own: the streaming
+// core packs rows of numbers and hands out tiles of scores through memory, while here panels lie ready, byte
+// products are integers until they are scaled item by item, and a score is compared and its exponential taken
+// while it is in a register.
+#pragma once
+
+#include "cpu/catalog_filter.h"
+#include "cpu/products-inl.h"
+
+namespace attnrec::cpu {
+namespace {
+
+constexpr int kFilterRows = 8;     // of a block: 8 x 2 accumulators
+constexpr int kFilterSpan = 16;    // panels that all rows meet while they are in L1 or L2
+constexpr int kFilterBuffer = 64;  // candidates of a row, beside room for those of one panel
+constexpr float kHiddenScore = -1e30f;
+constexpr float kLargestBound = std::numeric_limits<float>::infinity();
+
+// Products of codes: 2 bf16 numbers or 4 bytes at once. A tier with V::kPairs has both.
+template <class V, Code kCode>
+struct CodeProducts {
+  ATTNREC_INLINE typename V::Reg start(int32_t x) {
+    return kCode == Code::kInt8 ? V::set1_pairs(static_cast<uint32_t>(x)) : V::zero();
+  }
+  ATTNREC_INLINE typename V::Reg multiply_add(typename V::Reg item, typename V::Reg user,
+                                              typename V::Reg sum) {
+    return kCode == Code::kInt8 ? V::dot_bytes(sum, item, user) : V::dot(sum, item, user);
+  }
+  ATTNREC_INLINE typename V::Reg number(typename V::Reg sum, const float* scale) {
+    return kCode == Code::kInt8 ? V::mul(V::from_int32(sum), V::load(scale)) : sum;
+  }
+};
+
+// A unit's rows, up to whole blocks: the last block has 1, 2, 4 or 8 rows, and the absent ones find nothing.
+struct FilterRows {
+  int count, depth;
+  uint32_t* codes;  // block by block [depth][rows of the block]
+  int32_t* start;
+  float *unit, *per_error, *per_norm, *floor;
+  int64_t* next_excluded;  // the first one that no panel has had so far
+
+  FilterRows(Arena& arena, const FilterUnit& of, const CatalogFilter& filter)
+      : count(static_cast<int>(round_up(of.rows, kFilterRows))),
+        depth(filter.depth()),
+        codes(arena.take<uint32_t>(static_cast<int64_t>(count) * depth)),
+        start(arena.take<int32_t>(count)),
+        unit(arena.take<float>(count)),
+        per_error(arena.take<float>(count)),
+        per_norm(arena.take<float>(count)),
+        floor(arena.take<float>(count)),
+        next_excluded(arena.take<int64_t>(count)) {}
+
+  static int block_rows(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
+
+  void load(const FilterUsers& users, const FilterUnit& of) {
+    for (int row = 0; row < of.rows; row += kFilterRows) {
+      const int m = block_rows(static_cast<int>(least(kFilterRows, of.rows - row)));
+      for (int r = row; r < row + m; r++) {
+        const bool there = r < of.rows;
+        const int64_t user = of.first + r;
+        for (int d = 0; d < depth; d++)
+          codes[row * depth + d * m + r - row] = there ? users.codes[user * depth + d] : 0;
+        start[r] = there ? users.start[user] : 0;
+        unit[r] = there ? users.unit[user] : 0;
+        per_error[r] = there ? users.per_error[user] : 0;
+        per_norm[r] = there ? users.per_norm[user] : 0;
+        floor[r] = there && users.floor ? users.floor[user] : std::numeric_limits<float>::infinity();
+        const bool some =
+            there && users.excluded && users.exclude_offsets[user] < users.exclude_offsets[user + 1];
+        next_excluded[r] = some ? -1 : INT64_MAX;
+      }
+    }
+  }
+};
+
+// What is prepared of a span of panels.
+struct FilterSpan {
+  int count = 0;
+  int64_t panels[kFilterSpan];
+  float error[kFilterSpan], norm[kFilterSpan], beyond[kFilterSpan];  // the largest of a panel
+  float *scale, *bias;                                               // [items of the span]
+
+  explicit FilterSpan(Arena& arena)
+      : scale(arena.take<float>(kFilterSpan * kPanelItems)),
+        bias(arena.take<float>(kFilterSpan * kPanelItems)) {}
+
+  void load(const CatalogFilter& filter, FilterSums& sums) {
+    for (int p = 0; p < count; p++) {
+      const int64_t first = panels[p] * kPanelItems;
+      const int n = static_cast<int>(least(kPanelItems, filter.items - first));
+      load_errors(&filter.error[2 * first].bits, n, p, sums);
+      float *s = scale + p * kPanelItems, *b = bias + p * kPanelItems, most = 0;
+      for (int i = 0; filter.scale && i < kPanelItems; i++) s[i] = i < n ? filter.scale[first + i] : 0;
+      for (int i = 0; i < kPanelItems; i++) {
+        b[i] = 0;
+        if (!filter.bias || i >= n) continue;
+        b[i] = load_element<float>(filter.bias, (first + i) * filter.bias_stride, filter.bias_element);
+        if (b[i] < kHiddenScore) b[i] = kHiddenScore;  // so that an exponential of it is 0, not NaN
+        const float size = b[i] < 0 ? -b[i] : b[i];
+        if (b[i] > kHiddenScore && size > most) most = size;
+      }
+      // A score is rounded a few times more where the bias comes in; the rest keeps 0 apart from 0.
+      beyond[p] = most * 0x1p-21f + 4 * std::numeric_limits<float>::min();
+    }
+  }
+
+ private:
+  // `sums` keeps the largest that are finite.
+  void load_errors(const uint16_t* bits, int n, int p, FilterSums& sums) {
+    constexpr uint16_t kInf = 0x7f80;  // of numbers of at least 0 the bits order as the numbers do
+    uint16_t most[2] = {0, 0}, finite[2] = {0, 0};
+    for (int i = 0; i < n; i++) {
+      for (int part = 0; part < 2; part++) {
+        const uint16_t x = bits[2 * i + part], kept = x < kInf ? x : 0;
+        most[part] = x > most[part] ? x : most[part];
+        finite[part] = kept > finite[part] ? kept : finite[part];
+      }
+    }
+    error[p] = to_float(BFloat16{most[0]});
+    norm[p] = to_float(BFloat16{most[1]});
+    const float largest[2] = {to_float(BFloat16{finite[0]}), to_float(BFloat16{finite[1]})};
+    sums.error = largest[0] > sums.error ? largest[0] : sums.error;
+    sums.norm = largest[1] > sums.norm ? largest[1] : sums.norm;
+  }
+};
+
+// Scores M rows, those from `row` on, against a span: readout.take(row, p, scores, reach), scores being a
+// panel's registers.
+template <class V, Code kCode, int M, class Readout>
+void score_panels(const CatalogFilter& filter, const FilterRows& rows, int row, const FilterSpan& span,
+                  Readout& readout) {
+  using Products = CodeProducts<V, kCode>;
+  constexpr int W = V::kWidth, kRegisters = kPanelItems / W;
+  const int depth = rows.depth;
+  const uint32_t* users = rows.codes + static_cast<int64_t>(row) * depth;
+  for (int p = 0; p < span.count; p++) {
+    const uint32_t* items = filter.codes + span.panels[p] * depth * kPanelItems;
+    typename V::Reg sum[M][kRegisters];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kRegisters; j++) sum[r][j] = Products::start(rows.start[row + r]);
+    }
+#pragma GCC unroll 4
+    for (int d = 0; d < depth; d++) {
+      typename V::Reg item[kRegisters];
+#pragma GCC unroll 8
+      for (int j = 0; j < kRegisters; j++) item[j] = V::load_pairs(items + d * kPanelItems + j * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < M; r++) {
+        const typename V::Reg user = V::set1_pairs(users[d * M + r]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kRegisters; j++) sum[r][j] = Products::multiply_add(item[j], user, sum[r][j]);
+      }
+    }
+    float reach[M];
+    for (int r = 0; r < M; r++)
+      reach[r] =
+          rows.per_error[row + r] * span.error[p] + rows.per_norm[row + r] * span.norm[p] + span.beyond[p];
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      const typename V::Reg unit = V::set1(rows.unit[row + r]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kRegisters; j++) {
+        const int at = p * kPanelItems + j * W;
+        sum[r][j] = V::fma(Products::number(sum[r][j], span.scale + at), unit, V::load(span.bias + at));
+      }
+      readout.take(row + r, p, sum[r], reach[r]);
+    }
+  }
+}
+
+template <class V, Code kCode, class Readout>
+void score_block(const CatalogFilter& filter, const FilterRows& rows, int row, int m, const FilterSpan& span,
+                 Readout& readout) {
+  switch (m) {
+    case 1:
+      return score_panels<V, kCode, 1>(filter, rows, row, span, readout);
+    case 2:
+      return score_panels<V, kCode, 2>(filter, rows, row, span, readout);
+    case 4:
+      return score_panels<V, kCode, 4>(filter, rows, row, span, readout);
+    default:
+      return score_panels<V, kCode, 8>(filter, rows, row, span, readout);
+  }
+}
+
+// What both readouts know: which items of a panel are not to be counted for a row.
+template <class V>
+struct FilterReadout {
+  static constexpr int W = V::kWidth, kRegisters = kPanelItems / W;
+  const CatalogFilter& filter;
+  const FilterUsers& users;
+  const FilterUnit& unit;
+  FilterRows& rows;
+  FilterSpan& span;
+
+  // Bits of the excluded ones and of those past the last.
+  ATTNREC_MEMBER uint32_t hidden(int row, int p) {
+    const int64_t first = span.panels[p] * kPanelItems, end = first + kPanelItems;
+    if (__builtin_expect(end <= filter.items && rows.next_excluded[row] >= end, 1)) return 0;
+    return listed(row, first, end);
+  }
+  __attribute__((noinline)) uint32_t listed(int row, int64_t first, int64_t end) {
+    uint32_t bits = end <= filter.items ? 0 : ~uint32_t{0} << (filter.items - first);
+    if (rows.next_excluded[row] >= end) return bits;
+    const int64_t user = unit.first + row;
+    const int64_t *id = users.excluded + users.exclude_offsets[user],
+                  *last = users.excluded + users.exclude_offsets[user + 1];
+    for (int64_t n = last - id; n > 0;) {
+      const int64_t half = n / 2;
+      const bool before = id[half] < first;
+      id += before ? half + 1 : 0;
+      n = before ? n - half - 1 : half;
+    }
+    for (; id != last && *id < end; id++) bits |= uint32_t{1} << (*id - first);
+    rows.next_excluded[row] = id == last ? INT64_MAX : *id;
+    return bits;
+  }
+  ATTNREC_MEMBER void hide(uint32_t bits, typename V::Reg (&scores)[kRegisters]) {
+    float lanes[kPanelItems];
+    for (int j = 0; j < kRegisters; j++) V::store(lanes + j * W, scores[j]);
+    for (; bits; bits &= bits - 1) lanes[__builtin_ctz(bits)] = kHiddenScore;
+    for (int j = 0; j < kRegisters; j++) scores[j] = V::load(lanes + j * W);
+  }
+};
+
+// A floor from a sample: the best score that is sure, of each of many groups of items. Where the k-th best of
+// these is, k items or more reach it.
+template <class V>
+struct SampleReadout : FilterReadout<V> {
+  using Base = FilterReadout<V>;
+  float* best;  // [rows][stride], of which `groups` are this unit's
+  int64_t stride, groups, first = 0;
+
+  ATTNREC_MEMBER void take(int row, int p, typename V::Reg (&scores)[Base::kRegisters], float reach) {
+    if (row >= Base::unit.rows) return;  // of a block that is not full
+    const uint32_t hidden = Base::hidden(row, p);
+    if (__builtin_expect(hidden != 0, 0)) Base::hide(hidden, scores);
+    float* to = best + row * stride + (first + p) * kPanelItems % groups;
+    const typename V::Reg less = V::set1(reach);
+#pragma GCC unroll 8
+    for (int j = 0; j < Base::kRegisters; j++) {
+      const typename V::Reg sure = V::sub(scores[j], less);
+      V::store(to + j * V::kWidth, V::max(sure, V::load(to + j * V::kWidth)));
+    }
+  }
+};
+
+// Candidates, and the sum of the exponentials of all other items.
+template <class V>
+struct ScanReadout : FilterReadout<V> {
+  using Base = FilterReadout<V>;
+  using Reg = typename V::Reg;
+  const CandidateSink& sink;
+  Candidate* buffers;  // [rows][kFilterBuffer + kPanelItems]
+  int* counts;
+  float *least_score,
+      *base;      // a candidate's is above `least_score` - reach; exponentials are 2^(x·log2 e + base)
+  float* totals;  // [rows][W]
+
+  void begin() {
+    for (int r = 0; r < Base::rows.count; r++) {
+      counts[r] = 0;
+      base[r] = r < Base::unit.rows ? -Base::rows.floor[r] * static_cast<float>(kLog2E) : 0;
+      raise(r, Base::rows.floor[r]);
+      V::store(totals + r * V::kWidth, V::zero());
+    }
+  }
+  void raise(int row, float floor) {
+    const float size = floor < 0 ? -floor : floor;
+    least_score[row] = size < kLargestBound ? floor - size * 0x1p-20f : floor;
+  }
+
+  ATTNREC_MEMBER void take(int row, int p, Reg (&scores)[Base::kRegisters], float reach) {
+    const float above = least_score[row] - reach;
+    uint32_t some = Base::hidden(row, p), lanes = 0;
+#pragma GCC unroll 8
+    for (int j = 0; j < Base::kRegisters; j++) lanes |= V::above(scores[j], above) << (j * V::kWidth);
+    // Codes of an item that is not bounded may be anything, NaN too.
+    if (__builtin_expect(!(reach < kLargestBound), 0)) lanes = ~uint32_t{0};
+    if (__builtin_expect((lanes | some) != 0, 0)) {
+      float score[kPanelItems];
+      for (int j = 0; j < Base::kRegisters; j++) V::store(score + j * V::kWidth, scores[j]);
+      keep(row, p, lanes & ~some, some, score);
+      for (int j = 0; j < Base::kRegisters; j++) scores[j] = V::load(score + j * V::kWidth);
+    }
+    const Reg slope = V::set1(static_cast<float>(kLog2E)), shift = V::set1(base[row]);
+    Reg total = V::load(totals + row * V::kWidth);
+#pragma GCC unroll 8
+    for (int j = 0; j < Base::kRegisters; j++)
+      total = V::add(total, V::exp2_rough(V::fma(scores[j], slope, shift)));
+    V::store(totals + row * V::kWidth, total);
+  }
+
+  // Takes candidates among `lanes` and hides them and the `hidden` ones from the sum. The bound of an item by
+  // itself is narrower than that of its panel.
+  __attribute__((noinline)) void keep(int row, int p, uint32_t lanes, uint32_t hidden, float* score) {
+    for (; hidden; hidden &= hidden - 1) score[__builtin_ctz(hidden)] = kHiddenScore;
+    const int64_t first = Base::span.panels[p] * kPanelItems;
+    Candidate* buffer = buffers + static_cast<int64_t>(row) * (kFilterBuffer + kPanelItems);
+    for (; lanes; lanes &= lanes - 1) {
+      const int i = __builtin_ctz(lanes);
+      const BFloat16* error = Base::filter.error + 2 * (first + i);
+      const float reach = Base::rows.per_error[row] * to_float(error[0]) +
+                          Base::rows.per_norm[row] * to_float(error[1]) + Base::span.beyond[p];
+      const bool bounded = reach < kLargestBound;
+      if (bounded ? !(score[i] > least_score[row] - reach) : row >= Base::unit.rows) continue;
+      if (!bounded) score[i] = 0;
+      buffer[counts[row]++] = {score[i], reach, first + i};
+      score[i] = kHiddenScore;
+    }
+    if (counts[row] > kFilterBuffer) flush(row);
+  }
+  void flush(int row) {
+    raise(row, sink.take(sink.context, row,
+                         buffers + static_cast<int64_t>(row) * (kFilterBuffer + kPanelItems), counts[row]));
+    counts[row] = 0;
+  }
+  void finish(FilterSums& sums) {
+    for (int r = 0; r < Base::unit.rows; r++) {
+      flush(r);
+      sums.sum[r] = V::sum(V::load(totals + r * V::kWidth));
+    }
+  }
+};
+
+// Runs the unit's panels past its rows.
+template <class V, class Readout, class BeforeSpan>
+void score_unit(const CatalogFilter& filter, const FilterUnit& unit, FilterRows& rows, FilterSpan& span,
+                FilterSums& sums, Readout& readout, BeforeSpan&& before_span) {
+  for (int64_t panel = unit.first_panel; panel < unit.last_panel; panel += kFilterSpan) {
+    span.count = static_cast<int>(least(kFilterSpan, unit.last_panel - panel));
+    for (int p = 0; p < span.count; p++) span.panels[p] = unit.listed ? unit.listed[panel + p] : panel + p;
+    span.load(filter, sums);
+    before_span(panel);
+    for (int row = 0; row < unit.rows; row += kFilterRows) {
+      const int m = FilterRows::block_rows(static_cast<int>(least(kFilterRows, unit.rows - row)));
+      if (filter.code == Code::kInt8) {
+        score_block<V, Code::kInt8>(filter, rows, row, m, span, readout);
+      } else {
+        score_block<V, Code::kBFloat16>(filter, rows, row, m, span, readout);
+      }
+    }
+  }
+}
+
+template <class V>
+int64_t catalog_filter_sample(const CatalogFilter& filter, const FilterUsers& users, const FilterUnit& unit,
+                              void* memory, float* best, int64_t stride, int64_t groups) {
+  Arena arena(memory);
+  FilterRows rows(arena, unit, filter);
+  FilterSpan span(arena);
+  if (!memory) return arena.used();
+  rows.load(users, unit);
+  FilterSums sums;
+  SampleReadout<V> readout{{filter, users, unit, rows, span}, best, stride, groups};
+  score_unit<V>(filter, unit, rows, span, sums, readout,
+                [&](int64_t panel) { readout.first = panel - unit.first_panel; });
+  return arena.used();
+}
+
+template <class V>
+int64_t catalog_filter_scan(const CatalogFilter& filter, const FilterUsers& users, const FilterUnit& unit,
+                            void* memory, const CandidateSink& sink, FilterSums& sums) {
+  Arena arena(memory);
+  FilterRows rows(arena, unit, filter);
+  FilterSpan span(arena);
+  auto* buffers = arena.take<Candidate>(static_cast<int64_t>(rows.count) * (kFilterBuffer + kPanelItems));
+  int* counts = arena.take<int>(rows.count);
+  float *least_score = arena.take<float>(rows.count), *base = arena.take<float>(rows.count);
+  float* totals = arena.take<float>(static_cast<int64_t>(rows.count) * V::kWidth);
+  if (!memory) return arena.used();
+  rows.load(users, unit);
+  ScanReadout<V> readout{{filter, users, unit, rows, span}, sink, buffers, counts, least_score, base, totals};
+  readout.begin();
+  score_unit<V>(filter, unit, rows, span, sums, readout, [](int64_t) {});
+  readout.finish(sums);
+  return arena.used();
+}
+
+}  // namespace
+}  // namespace attnrec::cpu

@@ -1,0 +1,72 @@
+// A filter in front of a catalogue: its rows rounded to bf16 or int8, in panels, and how much the rounding
+// may change a score.
+//
+// For any user u and its rounded û, |u·e - û·ê| <= |û|·|e - ê| + |u - û|·|e|. The filter holds |e - ê| and
+// |e| of each item and a call computes the users' side, so that every score is known within a bound before a
+// single row of the catalogue is read.
+#pragma once
+
+#include "cpu/arguments.h"
+
+namespace attnrec::cpu {
+
+constexpr int kPanelItems = 32;
+
+enum class Code : int { kBFloat16, kInt8 };
+
+inline int codes_together(Code code) { return code == Code::kInt8 ? 4 : 2; }
+
+struct CatalogFilter {
+  Code code = Code::kBFloat16;
+  int head_dim = 0;
+  int64_t items = 0;
+  const uint32_t* codes =
+      nullptr;                   // [panels][depth][kPanelItems], each 2 bf16 numbers or 4 bytes (code + 128)
+  const float* scale = nullptr;  // [items], of int8
+  const BFloat16* error = nullptr;  // [items][2]: |e - ê|, |e|; inf: not bounded
+  const void* bias = nullptr;       // [items], or null
+  Element bias_element = Element::kFloat32;
+  int64_t bias_stride = 0;
+
+  int depth() const { return (head_dim + codes_together(code) - 1) / codes_together(code); }
+  int64_t panels() const { return (items + kPanelItems - 1) / kPanelItems; }
+};
+
+// The users' side, each [users]. A score is unit · (codes · codes) + bias within `reach`, which is
+// per_error · |e - ê| + per_norm · |e| and what rounding in fp32 may add.
+struct FilterUsers {
+  const uint32_t* codes = nullptr;  // [users][depth]
+  const int32_t* start = nullptr;   // of int8: what takes back the 128 in the items' codes
+  const float *unit = nullptr, *per_error = nullptr, *per_norm = nullptr;
+  const float* floor = nullptr;  // k items or more score at least as much; finite
+  // As TopkOptions'.
+  const int64_t *excluded = nullptr, *exclude_offsets = nullptr;
+};
+
+// Some users against some panels.
+struct FilterUnit {
+  int64_t first = 0;
+  int rows = 0;
+  int64_t first_panel = 0, last_panel = 0;
+  const int64_t* listed = nullptr;  // panels, rising: the unit's are then listed[first_panel], ...
+};
+
+// An item that may be among the best: its score lies within `reach` of `score`.
+struct Candidate {
+  float score, reach;
+  int64_t id;
+};
+
+// Where a row's candidates go, some at a time. `take` returns from where on a score counts from now on.
+struct CandidateSink {
+  void* context = nullptr;
+  float (*take)(void* context, int row, const Candidate* candidates, int n) = nullptr;
+};
+
+// What a scan finds beside candidates.
+struct FilterSums {
+  double* sum = nullptr;      // [rows]: exp(score - floor) of all other items
+  float error = 0, norm = 0;  // the largest that are finite
+};
+
+}  // namespace attnrec::cpu

@@ -1,0 +1,29 @@
+// catalog_topk through a filter.
+#pragma once
+
+#include <vector>
+
+#include "cpu/catalog_arguments.h"
+#include "cpu/catalog_filter.h"
+
+namespace attnrec::cpu {
+
+// Where results go: `[batch, k]` and `[batch]`, scores and lse of element `working`.
+struct TopkResults {
+  void* scores;
+  int64_t* ids;
+  void* lse;
+  Element working;
+  int64_t k;
+};
+
+// Checks a filter's tensors against the catalogue. Nothing where there is none.
+void check_filter(const char* op, const Tensor& catalog, const OptionalTensor& filter,
+                  const OptionalTensor& scale, const OptionalTensor& error, CatalogFilter* to);
+
+// Fills in the results of those users whom the filter serves and returns the others, rising. `options` has
+// exclusions and bias; its k is not read.
+std::vector<int64_t> catalog_topk_filtered(const Attention& a, int64_t batch, const CatalogFilter& filter,
+                                           const TopkOptions& options, const TopkResults& results);
+
+}  // namespace attnrec::cpu

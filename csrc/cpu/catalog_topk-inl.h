@@ -126,8 +126,8 @@ int64_t catalog_topk_rescore(const Attention& a, void* memory, const TopkOptions
     // Packing reads ahead by whole registers.
     char* rows = arena.take<char>(kKeys * bytes + 64);
     if (!memory) return arena.used();
-    Products::load_query(a.query.at(user, 0, a.element), a.element, a.head_dim, Real{1}, scratch.row, 0,
-                         scratch.rows);
+    interleave_rows<V, Products>(
+        1, [&](int) { return a.query.at(user, 0, a.element); }, a.element, a.head_dim, Real{1}, scratch.rows);
     for (int64_t first = 0; first < count; first += kKeys) {
       const int n = static_cast<int>(least(kKeys, count - first));
       bool hidden = false;
@@ -144,8 +144,8 @@ int64_t catalog_topk_rescore(const Attention& a, void* memory, const TopkOptions
         hidden |= scratch.bias[i] == -std::numeric_limits<Real>::infinity();
       }
       Products::pack_keys(rows, a.element, a.head_dim, n, a.head_dim, nullptr, scratch.panels);
-      attnrec::cpu::scores<V, Products>(1, scratch.rows, scratch.panels, (n + 2 * W - 1) / (2 * W),
-                                        a.head_dim, Real{1}, scratch.scores);
+      attnrec::cpu::scores<V, Products>(1, scratch.rows, scratch.panels, (n + W - 1) / W, a.head_dim, Real{1},
+                                        scratch.scores);
       finish_logits<V>(options.temperature, options.bias ? scratch.bias : nullptr, hidden, n, scratch.scores);
       for (int i = 0; i < n; i++) scores[first + i] = scratch.scores[i];
     }

@@ -103,6 +103,15 @@ def test_update(filter, dtype):
         assert_holds(catalog, table)
 
 
+def assert_bounds_hold(catalog):
+    """Of an int8 filter: no item's row is farther from its codes than the filter says."""
+    seen, count = catalog._items.visible, len(catalog)
+    codes = seen.filter.codes.movedim(2, 1).reshape(-1, seen.filter.codes.shape[1] * 4)[:count]
+    rounded = (codes.double() - 128) * seen.filter.scale.double().unsqueeze(1)
+    off = (seen.rows.double() - rounded[:, : catalog.dim]).norm(dim=1)
+    assert (off <= seen.filter.error[:, 0].double()).all()
+
+
 @pytest.mark.cpu_only("there is no filter on other devices")
 @pytest.mark.parametrize("at", range(5))
 def test_an_update_that_is_interrupted_loses_no_item(at, monkeypatch):
@@ -124,6 +133,7 @@ def test_an_update_that_is_interrupted_loses_no_item(at, monkeypatch):
     with contextlib.suppress(KeyboardInterrupt):
         catalog.update([3, 5, 40], random(3, 4, seed=1) * 100)
     monkeypatch.undo()
+    assert_bounds_hold(catalog)
     users = random(4, 4, seed=2)
     assert_same_answers(catalog.topk(users, 20), attnrec.catalog_topk(users, catalog.rows, 20), filtered=True)
     catalog.update([3], random(1, 4, seed=3))  # and nobody waits

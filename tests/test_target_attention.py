@@ -223,6 +223,27 @@ class TestBatchInvariance:
                 assert torch.equal(x, y)
 
 
+@pytest.mark.cpu_only("the CPU kernels' order of work; other runners have the cases above")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+def test_few_candidates_and_more_events_than_caches_hold(device, dtype, options, threads):
+    """Then a user's heads take turns, tile by tile; alone, its call is small and they do not."""
+    candidates, events = [1, 3, 0, 32, 33] * 8, [700, 40, 300, 1100, 1300] * 8
+    batch = make_jagged(candidates, events, dim=48, dtype=dtype, options=options)
+    query = batch.query.clone()
+    query[::3] *= 30  # these rows are done twice
+    batch = batch.with_(query=query)
+    assert 2 * batch.key.numel() * batch.key.element_size() > 16 << 20
+    for n in (1, 2):
+        threads(n)
+        out, lse = attend(batch)
+        for user in (0, 1, 3, 4):
+            part, rows, _ = of_user(batch, user)
+            alone = attend(part)
+            assert torch.equal(alone[0], out[rows])
+            assert torch.equal(alone[1], lse[rows])
+
+
 class TestLayouts:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_strides(self, device, dtype):

@@ -101,7 +101,21 @@ void dearest_first(std::vector<Unit>& units, const std::vector<double>& cost) {
   units.swap(sorted);
 }
 
-std::vector<Unit> plan_units(const Attention& a) {
+namespace {
+
+// Whether heads that are read one after another would read memory with gaps: a call's keys and values are
+// more than caches hold (below, reading them twice costs more than the gaps), and all heads of an event lie
+// together.
+bool better_together(const Attention& a) {
+  const int64_t events = a.kv_offsets[a.users];
+  return a.kv_heads > 1 && a.value.data && a.key.head_stride == a.head_dim &&
+         a.value.head_stride == a.head_dim &&
+         2 * events * a.kv_heads * a.head_dim * element_bytes(a.element) > int64_t{16} << 20;
+}
+
+}  // namespace
+
+std::vector<Unit> plan_units(const Attention& a, int64_t rows_together) {
   // A unit's running values should stay in L2 beside the packed events: 128 KiB of them.
   const int64_t most_rows = std::clamp<int64_t>(131072 / (a.head_dim * 4), 64, 512);
   const int64_t fewest_rows = 64;  // below, packing the events again for each unit shows
@@ -117,9 +131,17 @@ std::vector<Unit> plan_units(const Attention& a) {
 
   std::vector<Unit> units;
   std::vector<double> cost;
+  const bool together = rows_together > 0 && better_together(a);
   for (int64_t b = 0; b < a.users; b++) {
     const int64_t first = a.q_offsets[b], candidates = a.q_offsets[b + 1] - first;
     if (candidates == 0) continue;
+    const double user_cost = static_cast<double>(candidates) * static_cast<double>(a.events(b)) * a.heads;
+    if (together && candidates * group <= rows_together && user_cost <= fair) {
+      units.push_back(
+          {b, first, static_cast<int>(candidates * group), group, 0, 0, 0, INT64_MAX, a.heads / group});
+      cost.push_back(user_cost / group);
+      continue;
+    }
     const double events = std::max<double>(1, static_cast<double>(a.events(b)));
     const int64_t fair_rows = static_cast<int64_t>(std::min(fair / events, 1e9));
     const int64_t rows = std::clamp(fair_rows, fewest_rows, most_rows);

@@ -23,8 +23,8 @@ struct AttentionArguments {
 };
 
 // Cuts a call into units, dearest first. Units of a user split its rows only, and only as far as the threads
-// need.
-std::vector<Unit> plan_units(const Attention& attention);
+// need. A user with at most `rows_together` rows may have all its heads in one unit, as its parts.
+std::vector<Unit> plan_units(const Attention& attention, int64_t rows_together = 0);
 
 // Sorts units by their cost, for an even end: the last ones to be taken are cheap.
 void dearest_first(std::vector<Unit>& units, const std::vector<double>& cost);

@@ -151,6 +151,13 @@ struct RunningSoftmax {
   RunningSoftmax(Arena& arena, int rows)
       : maximum(arena.take<Real>(rows)), lanes(arena.take<Real>(static_cast<int64_t>(rows) * W)) {}
 
+  // The rows from `row` on.
+  RunningSoftmax from(int64_t row) const {
+    RunningSoftmax rows = *this;
+    rows.maximum += row;
+    rows.lanes += row * W;
+    return rows;
+  }
   void clear(int rows) {
     for (int r = 0; r < rows; r++) start(r, -std::numeric_limits<float>::infinity(), 0);
   }

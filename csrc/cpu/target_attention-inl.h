@@ -14,16 +14,24 @@ template <class V, class Products, Base kBase>
 struct WeightedValue {
   using Real = typename V::Real;
 
-  WeightedValue(Arena& arena, const Attention& attention, int rows)
+  WeightedValue(Arena& arena, const Attention& attention, int rows, int parts)
       : a(attention),
         width(padded<V>(attention.head_dim)),
-        softmax(arena, rows),
-        sums(arena.take<Real>(static_cast<int64_t>(rows) * width)),
+        softmax(arena, rows * parts),
+        sums(arena.take<Real>(static_cast<int64_t>(rows) * parts * width)),
         values(arena, packed_events<V>(rows, a.head_dim), a.head_dim) {}
 
+  // What it keeps for unit `u`, whose rows stand from `row` on.
+  WeightedValue of(const Unit& u, int64_t row) const {
+    WeightedValue rows = *this;
+    rows.unit = u;
+    rows.softmax = softmax.from(row);
+    rows.sums += row * width;
+    return rows;
+  }
+
   // Where there is a self slot, its value is the first state of the sums.
-  void begin(const Unit& u, const StreamScratch<V, Products>& scratch) {
-    unit = u;
+  void begin(const StreamScratch<V, Products>& scratch) {
     start_softmax(a, unit, scratch, softmax);
     for (int r = 0; r < unit.rows; r++) {
       Real* sum = sums + static_cast<int64_t>(r) * width;
@@ -85,15 +93,53 @@ struct WeightedValue {
   Unit unit;
 };
 
+// Reads a byte of every line that events first … last have in all heads, in the order of addresses.
+inline void touch(const Vectors& of, const Attention& a, int64_t first, int64_t last) {
+  const int bytes = a.kv_heads * a.head_dim * element_bytes(a.element);
+  for (int64_t event = first; event < last; event++) {
+    const auto* row = static_cast<const volatile char*>(of.at(event, 0, a.element));
+    for (int byte = 0; byte < bytes; byte += 64) (void)row[byte];
+  }
+}
+
 // One pass over a unit's events. Returns how many rows are left to be done.
+//
+// Where a unit has several parts, which are all heads, they take turns tile by tile. What a head reads has
+// gaps, the other heads, and no prefetching made up for that: 11 GB/s from memory, where reading in order
+// reaches 30. So a tile is first read in order, and then packed from L2, head by head: 6.9 to 4.7 ms for 256
+// users with one candidate and 200 events, 32 to 13 ms for 16 with 10,000 events.
 template <class V, class Products, Base kBase>
 int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void* out, void* lse) {
   StreamScratch<V, Products> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
-  WeightedValue<V, Products, kBase> readout(arena, a, unit.rows);
+  WeightedValue<V, Products, kBase> state(arena, a, unit.rows, unit.parts);
   if (!done) return 0;
-  readout.begin(unit, scratch);
-  stream(a, unit, scratch, readout);
-  return readout.finish(done, out, static_cast<typename V::Real*>(lse));
+  const auto part_of = [&](int p) {
+    Unit part = unit;
+    part.head += p * unit.group;
+    part.kv_head = part.head / (a.heads / a.kv_heads);
+    return part;
+  };
+  for (int p = 0; p < unit.parts; p++) state.of(part_of(p), p * unit.rows).begin(scratch);
+  const int64_t events = a.events(unit.user), step = unit.parts > 1 ? kKeys : events;
+  for (int64_t event = 0; event < events; event += step) {
+    const int64_t end = least(events, event + step), event0 = a.kv_offsets[unit.user];
+    if (unit.parts > 1) {
+      touch(a.key, a, event0 + event, event0 + end);
+      touch(a.value, a, event0 + event, event0 + end);
+    }
+    for (int p = 0; p < unit.parts; p++) {
+      Unit part = part_of(p);
+      part.first_event = event;
+      part.last_event = end;
+      auto readout = state.of(part, p * unit.rows);
+      stream(a, part, scratch, readout);
+    }
+  }
+  int left = 0;
+  for (int p = 0; p < unit.parts; p++)
+    left += state.of(part_of(p), p * unit.rows)
+                .finish(done + p * unit.rows, out, static_cast<typename V::Real*>(lse));
+  return left;
 }
 
 template <class V>
@@ -101,8 +147,9 @@ int64_t target_attention_unit(const Attention& a, const Unit& unit, void* memory
   return with_products<V>(a.element, [&](auto products) {
     using Products = decltype(products);
     Arena arena(memory);
-    bool* done = arena.take<bool>(unit.rows);
-    for (int r = 0; done && r < unit.rows; r++) done[r] = false;
+    const int rows = unit.rows * unit.parts;
+    bool* done = arena.take<bool>(rows);
+    for (int r = 0; done && r < rows; r++) done[r] = false;
     Arena again = arena;  // both passes use the same memory
     if (attend<V, Products, Base::kNothing>(a, unit, arena, done, out, lse) > 0)
       attend<V, Products, Base::kRunningMaximum>(a, unit, again, done, out, lse);

@@ -6,6 +6,8 @@
 namespace attnrec::cpu {
 namespace {
 
+constexpr int64_t kRowsTogether = 32;  // of a user: with more, products take longer than memory
+
 std::tuple<Tensor, Tensor> target_attention(Tensor query, Tensor key, Tensor value, Tensor q_offsets,
                                             Tensor kv_offsets, std::optional<double> scale,
                                             OptionalTensor kv_lengths, OptionalTensor visible,
@@ -16,7 +18,7 @@ std::tuple<Tensor, Tensor> target_attention(Tensor query, Tensor key, Tensor val
   const Attention& a = arguments.attention;
   Tensor out = new_empty(query, {query.size(0), query.size(1), query.size(2)});
   Tensor lse = new_empty(query, {query.size(0), query.size(1)}, working_dtype(a.element));
-  const std::vector<Unit> units = plan_units(a);
+  const std::vector<Unit> units = plan_units(a, kRowsTogether);
   const Kernels& tier = kernels(a.element);
   for_each_unit(static_cast<int64_t>(units.size()), [&](int64_t i) {
     void* memory = thread_scratch(tier.target_attention(a, units[i], nullptr, nullptr, nullptr));

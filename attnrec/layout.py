@@ -8,7 +8,7 @@ its own).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Native:
 # --- dense --------------------------------------------------------------------------------------------------
 
 
-def _check_dense(op: str, query: Any, key: Any, value: Any, options: dict[str, Tensor | None]) -> None:
+def _check_dense(op: str, query: Any, key: Any, value: Any, options: dict[str, Tensor]) -> None:
     """What the native form can't tell any more: ranks, and sizes that differ where their products agree."""
     checked = Check(op, ("query", query))
     checked.tensor("query", query, "[B, H, C, D] (without offsets)", (None,) * 4)
@@ -60,11 +60,10 @@ def _check_dense(op: str, query: Any, key: Any, value: Any, options: dict[str, T
         "key_bias": ("[B, H, L]", (users, heads, events), FLOATS),
     }
     for name, x in options.items():
-        if x is not None:
-            checked.tensor(name, x, *shapes[name])
+        checked.tensor(name, x, *shapes[name])
 
 
-def _looks_dense(query: Any, key: Any, value: Any, options: dict[str, Tensor | None]) -> bool:
+def _looks_dense(query: Any, key: Any, value: Any, options: dict[str, Tensor]) -> bool:
     """The usual call judged at a glance, a tenth of what the sentences of `_check_dense` cost."""
     return (
         isinstance(query, Tensor)
@@ -74,14 +73,34 @@ def _looks_dense(query: Any, key: Any, value: Any, options: dict[str, Tensor | N
         and key.shape[1] > 0
         and query.shape[1] % key.shape[1] == 0
         and (value is None or (isinstance(value, Tensor) and value.shape == key.shape))
-        and all(x is None for x in options.values())
+        and not options
     )
 
 
-def _offsets(users: int, n: int, device: torch.device) -> Tensor:
+def _even_offsets(users: int, n: int, device: torch.device | None) -> Tensor:
     if n == 0:
         return torch.zeros(users + 1, dtype=torch.int64, device=device)
     return torch.arange(0, users * n + 1, n, device=device)
+
+
+@lru_cache(maxsize=64)
+def _kept_offsets(users: int, n: int) -> Tensor:
+    with torch.inference_mode(False):  # later calls may have gradients
+        return _even_offsets(users, n, torch.device("cpu"))
+
+
+def _offsets(users: int, n: int, like: Tensor) -> Tensor:
+    """Offsets of users with n rows each. For small batches they are kept from call to call, where nothing
+    traces or wraps tensors: making them takes a tenth of a small call."""
+    keep = (
+        type(like) is Tensor
+        and like.device.type == "cpu"
+        and users <= 256
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+    )
+    return _kept_offsets(users, n) if keep else _even_offsets(users, n, like.device)
 
 
 def lengths_of_mask(key_padding_mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -126,11 +145,11 @@ def from_dense(
 ) -> Native:
     """Dense `query [B, H, C, D]`, `key`/`value [B, H_kv, L, D]`, `visible [B, C]`, `key_bias [B, H, L]`, and
     `key_padding_mask [B, L]`."""
+    options = {name: x for name, x in options.items() if x is not None}
     if not _looks_dense(query, key, value, options):
         _check_dense(op, query, key, value, options)
     users, heads, candidates, _ = query.shape
     kv_heads, events = key.shape[1], key.shape[2]
-    options = {name: x for name, x in options.items() if x is not None}
     if "key_padding_mask" in options:
         if "kv_lengths" in options:
             raise ValueError(f"{op}: key_padding_mask and kv_lengths say the same thing: give one of them")
@@ -182,8 +201,8 @@ def from_dense(
         per_head(query),
         per_head(key),
         None if value is None else per_head(value),
-        _offsets(native_users, rows_of_user, query.device),
-        _offsets(native_users, events, query.device),
+        _offsets(native_users, rows_of_user, query),
+        _offsets(native_users, events, query),
         options,
         rows,
         pairs,
@@ -287,5 +306,5 @@ def candidates(
     if bias is not None:
         checked.tensor("bias", bias, "[B, C]", (batch, count))
         bias = bias.flatten()
-    offsets = _offsets(batch, count, items.device)
+    offsets = _offsets(batch, count, items)
     return items.flatten(0, 1), offsets, bias, lambda probabilities: probabilities.view(batch, count)

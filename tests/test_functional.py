@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import make_jagged, make_offsets
 from runners import RUNNER
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import attnrec
@@ -119,6 +120,23 @@ class TestDense:
         assert all(
             x.untyped_storage().data_ptr() == storage for x in (native.query, native.key, native.value)
         )
+
+    def test_offsets_that_are_kept_serve_every_kind_of_call(self):
+        """Made in one kind of call, they come back in the others."""
+        layout._kept_offsets.cache_clear()
+        query, key, value = (x[:1] for x in dense(True, HEADS, torch.float32))
+        with torch.inference_mode():
+            want = attnrec.target_attention(query, key, value)
+        leaf = query.clone().requires_grad_()
+        out = attnrec.target_attention(leaf, key, value)
+        out.sum().backward()
+        assert torch.equal(out, want)
+        assert leaf.grad is not None
+        mapped = torch.vmap(attnrec.target_attention)(query[None], key[None], value[None])[0]
+        torch.testing.assert_close(mapped, want)
+        traced = make_fx(lambda *given: attnrec.target_attention(*given))(query, key, value)
+        assert torch.equal(traced(query, key, value), want)
+        assert layout._kept_offsets.cache_info().hits >= 2
 
     def test_what_must_be_copied_is_the_smaller(self):
         query, key, value = dense(True)

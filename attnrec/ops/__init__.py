@@ -23,7 +23,7 @@ from attnrec.ops import (
 )
 from attnrec.ops.backends import Explanation, use_backend
 from attnrec.ops.checks import debug
-from attnrec.ops.op import Op, device_of, under_autocast
+from attnrec.ops.op import Op, device_of, is_differentiated, under_autocast
 
 __all__ = ["OPS", "Explanation", "Op", "call", "debug", "explain", "use_backend"]
 
@@ -58,11 +58,25 @@ class _Explained(Exception):  # not an error: it ends the call that `explain` lo
         self.call = call
 
 
+def _below_autograd(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call may pass by the autograd kernel, which is Python and would do nothing: 4 us."""
+    return not (
+        extension is None
+        or torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()  # passes by anyway
+        or torch._C._are_functorch_transforms_active()
+        or is_differentiated(*args, *kwargs.values())
+    )
+
+
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """Runs an op. Bad arguments raise the ValueError or TypeError of `checks`, whichever backend met them."""
     if _explaining and _explaining == threading.get_ident():
         raise _Explained(backends.Call(OPS[name], OPS[name].bind(args, kwargs)))
     try:
+        if _below_autograd(args, kwargs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return _functions[name](*args, **kwargs)
         return _functions[name](*args, **kwargs)
     except RuntimeError as error:
         _raise_in_words(OPS[name], args, kwargs, error)

@@ -126,7 +126,7 @@ int64_t catalog_topk_rescore(const Attention& a, void* memory, const TopkOptions
     // Packing reads ahead by whole registers.
     char* rows = arena.take<char>(kKeys * bytes + 64);
     if (!memory) return arena.used();
-    interleave_rows<V, Products>(
+    load_block<V, Products>(
         1, [&](int) { return a.query.at(user, 0, a.element); }, a.element, a.head_dim, Real{1}, scratch.rows);
     for (int64_t first = 0; first < count; first += kKeys) {
       const int n = static_cast<int>(least(kKeys, count - first));

@@ -14,7 +14,6 @@ struct Pairs {
   static constexpr int W = V::kWidth;
   // Weights are rounded to bf16: 4e-6 in the exponential are nothing beside 2^-9.
   static constexpr bool kShortExp = true;
-  static constexpr int kChainSteps = kMostHeadDim;  // the scores' own rounding is far below bf16's
 
   ATTNREC_INLINE typename V::Reg load(const Item* p) { return V::load_pairs(p); }
   ATTNREC_INLINE typename V::Reg set1(Item item) { return V::set1_pairs(item); }

@@ -89,7 +89,7 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
         seen_by[r] = seen_events(a, unit, row + r);
         most = greatest(most, seen_by[r]);
       }
-      interleave_rows<V, Products>(
+      load_block<V, Products>(
           rows,
           [&](int r) { return a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element); },
           a.element, D, factor, scratch.rows);

@@ -266,7 +266,7 @@ struct Backward {
       const int64_t events = seen_events(a, unit, block + r) - packed;
       seen[place + r] = static_cast<int>(blind ? 0 : greatest(0, least(events, span(a.head_dim))));
     }
-    interleave_rows<V, Products>(
+    load_block<V, Products>(
         t.rows,
         [&](int r) -> const void* {
           if (!sees(whole_row(block + r))) return nullptr;

@@ -123,8 +123,8 @@ class TestWhatItTakes:
         return attnrec.explain(function, *arguments, **options).reasons.get("triton")
 
     def test_every_op(self):
-        missing = [name for name in ops.OPS if name not in kernels.MODULES]
-        assert not missing
+        # A filter is for kernels of the CPU: those of a GPU read the rows.
+        assert ops.OPS.keys() - kernels.MODULES.keys() == {"catalog_filter"}
         for name, module in kernels.MODULES.items():
             assert module == name.removesuffix("_backward") or module.startswith(name)
             assert callable(kernels.kernel(name))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import attnrec
-from attnrec import reference
+from attnrec import Catalog, reference
 from benches.case import DTYPES, Case, Contender, Counts, Peer, Refused, Verdict
 from benches.peers import brute_force, onnxruntime, openvino
 
 OP = "catalog_topk"
+FILTERED_LSE = 0.1  # what the contract allows the log-sum-exp through a filter
 CHECKED = 4  # users: the reference sorts the catalogue for each
 
 
@@ -29,7 +30,8 @@ def count(users: int, items: int, *, dim: int, size: int, k: int) -> Counts:
 class TopkProblem:
     """`scores [B, k]` and `ids [B, k]`; ours also the log-sum-exp `[B]`, which the peers do not compute.
 
-    `exclude [B, n]` and `bias [N]` are for our own variants.
+    `exclude [B, n]`, `bias [N]` and `filter`, the dtype of a `Catalog` packed beforehand, are for our own
+    variants.
     """
 
     def __init__(
@@ -40,9 +42,10 @@ class TopkProblem:
         *,
         exclude: Tensor | None = None,
         bias: Tensor | None = None,
+        filter: str = "fp32",
     ) -> None:
         self.users, self.catalog, self.k, self.device = users, catalog, k, users.device
-        self.exclude, self.bias = exclude, bias
+        self.exclude, self.bias, self.filter = exclude, bias, filter
 
     def counts(self) -> Counts:
         (users, dim), items = self.users.shape, self.catalog.shape[0]
@@ -50,10 +53,11 @@ class TopkProblem:
 
     def ours(self) -> Contender:
         exclude = None if self.exclude is None else _jagged(self.exclude)
+        catalog = self.catalog if self.filter == "fp32" else Catalog.pack(self.catalog, self.filter)
 
         def call() -> tuple[Tensor, Tensor, Tensor]:
             with torch.inference_mode():
-                return attnrec.catalog_topk(self.users, self.catalog, self.k, exclude=exclude, bias=self.bias)
+                return attnrec.catalog_topk(self.users, catalog, self.k, exclude=exclude, bias=self.bias)
 
         return Contender(call, check=partial(self.check, ours=True))
 
@@ -107,7 +111,9 @@ class TopkProblem:
             "scores of the ids": (scores.double() - named).abs().max().item(),
         }
         if ours:
-            found["lse"] = (results[2][self.checked].double() - lse).abs().max().item()
+            off = (results[2][self.checked].double() - lse).abs().max().item()
+            # Through a filter it has a bound of its own.
+            found["lse"] = off if self.filter == "fp32" else off * allowed / FILTERED_LSE
         what = max(found, key=lambda name: found[name])
         return Verdict(found[what], allowed, what)
 
@@ -129,6 +135,8 @@ def topk_problem(users: int, items: int, dim: int, k: int, dtype: str, device: t
 
 # --- ours with something added, and catalogues made to be hard ----------------------------------------------
 
+Change = Callable[[TopkProblem], TopkProblem]
+
 
 def _excluding(problem: TopkProblem) -> TopkProblem:
     """For each user 100 items that are not wanted, up to 50 of them the best."""
@@ -139,6 +147,14 @@ def _excluding(problem: TopkProblem) -> TopkProblem:
     best = problem.ours().call()[1][:, :50]
     seen[:, : best.shape[1]] = best
     return TopkProblem(problem.users, problem.catalog, problem.k, exclude=seen)
+
+
+def _filtered(problem: TopkProblem, filter: str, change: Change = lambda problem: problem) -> TopkProblem:
+    """Through a filter in front of the rows, as they are after a change."""
+    changed = change(problem)
+    return TopkProblem(
+        changed.users, changed.catalog, changed.k, exclude=changed.exclude, bias=changed.bias, filter=filter
+    )
 
 
 def _biased(problem: TopkProblem) -> TopkProblem:
@@ -161,7 +177,7 @@ def _catalog(problem: TopkProblem, kind: str) -> TopkProblem:
     return TopkProblem(users, catalog.to(problem.catalog.dtype).contiguous(), problem.k)
 
 
-VARIANTS: dict[str, Callable[[TopkProblem], TopkProblem]] = {
+VARIANTS: dict[str, Change] = {
     "+exclude": _excluding,
     "+bias": _biased,
     **{
@@ -169,10 +185,16 @@ VARIANTS: dict[str, Callable[[TopkProblem], TopkProblem]] = {
         for kind in ("rising", "falling", "equal", "clustered")
     },
 }
+FILTERS: dict[str, Change] = {f"+{kind} filter": partial(_filtered, filter=kind) for kind in ("bf16", "int8")}
+# The int8 filter's time is what these are to be held against.
+FILTERED: dict[str, Change] = {
+    f"+int8 filter {name}": partial(_filtered, filter="int8", change=change)
+    for name, change in VARIANTS.items()
+}
 
 
-def variant(make: Callable[[TopkProblem], TopkProblem], problem: TopkProblem) -> Contender:
-    return make(problem).ours()
+def variants(of: Mapping[str, Change]) -> dict[str, Peer]:
+    return {name: lambda problem, change=change: change(problem).ours() for name, change in of.items()}
 
 
 # --- peers --------------------------------------------------------------------------------------------------
@@ -230,14 +252,32 @@ def _case(
     return Case(OP, f"{family}/{users},{items},{dim},{k}/{dtype}", suite, dtype, sizes, make, peers)
 
 
-HARD = {name: partial(variant, make) for name, make in VARIANTS.items()}
+WITH_FILTERS = PEERS | variants(FILTERS)
+HARD = variants(FILTERS | VARIANTS | FILTERED)
 
 
 CASES = [
     _case("smoke", 3, 5000, 32, 10, "fp32", peers=PEERS | HARD),
-    *(_case("standard", b, 100_000, 64, 100, dtype) for dtype in ("fp32", "bf16") for b in (1, 16, 256)),
-    *(_case("standard", b, 1_000_000, 64, 100, dtype) for dtype in ("fp32", "bf16") for b in (1, 16, 256)),
+    *(
+        _case("standard", b, 100_000, 64, 100, dtype, peers=WITH_FILTERS)
+        for dtype in ("fp32", "bf16")
+        for b in (1, 16, 256)
+    ),
+    *(
+        _case("standard", b, 1_000_000, 64, 100, dtype, peers=WITH_FILTERS)
+        for dtype in ("fp32", "bf16")
+        for b in (1, 16, 256)
+    ),
     *(_case("standard", b, 1_000_000, 64, 100, "fp32", family="variants", peers=HARD) for b in (1, 16)),
-    *(_case("full", b, 1_000_000, 128, 100, "fp32") for b in (1, 16, 256)),
-    *(_case("full", b, 10_000_000, 64, 100, dtype) for dtype in ("fp32", "bf16") for b in (1, 16)),
+    *(_case("full", b, 1_000_000, 128, 100, "fp32", peers=WITH_FILTERS) for b in (1, 16, 256)),
+    *(
+        _case("full", b, 1_000_000, 64, k, "fp32", peers=WITH_FILTERS)
+        for b in (1, 16)
+        for k in (1, 1000, 4096)
+    ),
+    *(
+        _case("full", b, 10_000_000, 64, 100, dtype, peers=WITH_FILTERS)
+        for dtype in ("fp32", "bf16")
+        for b in (1, 16)
+    ),
 ]

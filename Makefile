@@ -18,7 +18,7 @@ OP_TESTS := $(wildcard $(foreach op,target_attention softmax_score catalog,tests
 # What else says something of the Triton kernels.
 GPU_TESTS := $(OP_TESTS) $(addprefix tests/,test_op_registration.py test_checks.py test_functional.py test_compile.py test_triton_memory.py)
 
-.PHONY: help env build test tiers test-triton test-emulated test-planted test-gpu lint sanitize aarch64 demo bench clean
+.PHONY: help env build test tiers test-triton test-emulated test-planted test-gpu aot lint sanitize aarch64 demo bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -48,7 +48,7 @@ $(VENV)/installed: build/extension pyproject.toml constraints.txt
 
 env: $(VENV)/installed ## the whole environment, extension included
 
-test: env lint ## environment, build, lint and all tests, those of the ops once per CPU tier and runner
+test: env lint aot ## environment, build, lint and all tests, those of the ops once per CPU tier and runner
 	@echo "== tests: all, on this machine's best CPU tier"
 	$(BIN)/pytest -q --ignore tests/ptxemu
 	@$(MAKE) --no-print-directory tiers test-triton test-emulated
@@ -84,6 +84,11 @@ lint: env ## ruff and clang-format
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_CODE)
+
+# Without --subset everything is compiled, with --subset alone all pairs of options.
+aot: env ## compile the Triton kernels for sm_80, 90 and 100 where they are most likely to spill; no GPU needed
+	@echo "== Triton kernels: compiled ahead of time"
+	OMP_NUM_THREADS=1 $(BIN)/python -m attnrec.kernels.aot --subset riskiest
 
 # In a folder of its own (Python files copied, extension beside them), so that the normal build stays as it is.
 SANITIZED := build/sanitize/lib

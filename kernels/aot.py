@@ -1,17 +1,20 @@
 """Compiles every kernel ahead of time, without a GPU, and says what came out.
 
-    python -m attnrec.kernels.aot --arch 80 90 100 --json FILE [--subset] [--op NAME ...]
+    python -m attnrec.kernels.aot [--arch 80 90 100] [--json FILE] [--subset [riskiest]] [--op NAME ...]
 
 The project's own host code is run on small CPU tensors under a stand-in driver, for each op over dtypes, head
 dims and the options that change the code, so that what is compiled is what a GPU would run, with the launch
-parameters that the table chooses. `--subset` takes cases in which every pair of values of two axes occurs
-(the architecture is one of them); without it every dtype and head dim gets all pairs of its options.
+parameters that the table chooses. Every dtype and head dim gets all pairs of its options. With `--subset`
+there are only cases in which every pair of values of two axes occurs (the architecture is one of them), with
+`--subset riskiest`, which is `make aot`, for each architecture a few in which every option occurs, with the
+dtypes and head dims that need most registers.
 
 A row of the result is a compiled kernel: `kernel`, `op`, `dtype`, `arch`, `options` (constants, warps,
 stages), `registers` of a thread, `shared_bytes` of a block, `spills` (bytes of a thread), `matrix` (matrix
 instructions in its PTX) and the `case` that first asked for it. Offences, which end the command with 1: a
-spill (but in a CAREFUL run, which does something only where there is a NaN or an infinity), more shared
-memory than the chip gives a block, a half-precision or tf32 product without a matrix instruction, an error.
+spill (but in a CAREFUL run, which does something only where there is a NaN or an infinity), more registers or
+shared memory than the chip gives a block, a half-precision or tf32 product without a matrix instruction, an
+error.
 """
 
 from __future__ import annotations
@@ -35,13 +38,14 @@ import torch
 import triton
 
 from . import MODULES, kernel
-from .aot_cases import OPS, Case, covering, whole
+from .aot_cases import DTYPES, HEAD_DIMS, OPS, Case, covering, riskiest, whole
 from .launch import REGISTERS
 from .standin import MAX_SHARED_BYTES, Launched, stand_in
 
 Row = dict[str, Any]
 Task = tuple[int, str, Case]  # architecture, op, case
 
+SUBSETS = ("pairs", "riskiest")
 MATRIX = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 # A product in Triton's IR: its operands' types, and the precision of a float32 one.
 PRODUCT = re.compile(r"tt\.dot (?P<options>.*?) : tensor<\S*x(?P<type>\w+)> \* tensor")
@@ -157,11 +161,13 @@ def compile_case(task: Task) -> list[Row]:
         return [{"kernel": "", "op": op, "dtype": case["dtype"], "arch": arch, "case": case, "error": text}]
 
 
-def tasks(archs: list[int], ops: list[str], subset: bool) -> list[Task]:
-    """What is to be compiled."""
+def tasks(archs: list[int], ops: list[str], subset: str | None = None) -> list[Task]:
+    """What is to be compiled: everything, or a subset of SUBSETS."""
     chosen = []
     for op in ops:
-        if subset:
+        if subset == "riskiest":
+            chosen += [(arch, op, case) for arch in archs for case in riskiest(OPS[op])]
+        elif subset == "pairs":
             cases = covering(OPS[op].axes | {"arch": tuple(archs)}, OPS[op].legal)
             chosen += [(case.pop("arch"), op, case) for case in cases]
         else:
@@ -243,11 +249,26 @@ def main(argv: list[str] | None = None) -> int:
         "--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(MAX_SHARED_BYTES)
     )
     parser.add_argument("--op", nargs="+", default=known, choices=known, help="only these ops")
-    parser.add_argument("--subset", action="store_true", help="all pairs of values instead of the whole set")
+    parser.add_argument(
+        "--subset",
+        nargs="?",
+        const="pairs",
+        choices=SUBSETS,
+        help="instead of the whole set all pairs of values (the default), or only all values, with the "
+        "dtypes and head dims that need most registers",
+    )
+    parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, help="only cases of these")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="only cases of these")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     arguments = parser.parse_args(argv)
-    rows = compile_all(tasks(arguments.arch, arguments.op, arguments.subset), arguments.jobs, _progress())
+    todo = [
+        (arch, op, case)
+        for arch, op, case in tasks(arguments.arch, arguments.op, arguments.subset)
+        if case["head_dim"] in (arguments.head_dim or HEAD_DIMS)
+        and case["dtype"] in (arguments.dtype or DTYPES)
+    ]
+    rows = compile_all(todo, arguments.jobs, _progress())
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     print("\n".join(summary(rows)))

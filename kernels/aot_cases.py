@@ -27,10 +27,11 @@ DTYPES = {
 HEAD_DIMS = (64, 16, 32, 128, 256, 40)
 NO_YES = (False, True)
 HEADS = 4
-# Small enough to be allocated for every case (nothing is written); of histories a short one, and one that is
-# split over blocks; of a catalogue's users few, and many, whose tiles are not cut to fill a GPU.
-SIZES = {"users": 3, "candidates": 5, "events": 70, "long": 5000, "rows": 70, "items": 3000, "negatives": 50}
-SIZES["many"] = 70_000
+# Small enough to be allocated for every case, as nothing is written. Of histories a short one, and one that
+# is split over blocks unless candidates alone fill a GPU; of a catalogue's users few, whose tiles are cut to
+# fill one, and many.
+SIZES = {"users": 3, "candidates": 5, "events": 70, "rows": 70, "items": 3000, "negatives": 50}
+SIZES |= {"long": 5000, "full": 4000, "many": 70_000}
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,32 @@ def whole(op: OpCases) -> list[Case]:
     return [case for n, case in enumerate(cases) if case not in cases[:n]]
 
 
+# Dtypes and head dims that need most registers: operands of 512 or 1,024 bytes a row, accumulators of 256
+# floats, and exact products, which have no matrix instruction. The first one meets most options at once.
+RISKIEST = (("bfloat16", 256), ("float32", 64), ("tf32", 256))
+
+
+def riskiest(op: OpCases) -> list[Case]:
+    """A few cases in which every one of RISKIEST occurs and every value of every option."""
+    options = {name: values for name, values in op.axes.items() if name not in ("dtype", "head_dim")}
+    missing = {("kind", kind) for kind in RISKIEST} | {
+        (n, x) for n, values in options.items() for x in values
+    }
+    cases = []
+    while missing:
+        best, gain = {}, 0
+        for kind in RISKIEST:
+            for values in product(*(values[::-1] for values in options.values())):
+                chosen = dict(zip(options, values, strict=True))
+                new = sum(pair in missing for pair in (("kind", kind), *chosen.items()))
+                case = {"dtype": kind[0], "head_dim": kind[1]} | chosen
+                if new > gain and op.legal(case):
+                    best, gain = case, new
+        cases.append(best)
+        missing -= {("kind", (best["dtype"], best["head_dim"])), *best.items()}
+    return cases
+
+
 # --- the ops ------------------------------------------------------------------------------------------------
 
 
@@ -134,8 +161,9 @@ def _sizes(case: Case) -> dict[str, int]:
 
 def _attention(case: Case) -> dict[str, Any]:
     dtype, dim, sizes = DTYPES[case["dtype"]], case["head_dim"], _sizes(case)
-    long = case["history"] == "long"
-    users, candidates = 1 if long else sizes["users"], sizes["candidates"]
+    long = case["history"] != "short"
+    users = 1 if long else sizes["users"]
+    candidates = sizes["full" if case["history"] == "long, full" else "candidates"]
     events = sizes["long" if long else "events"]
     rows, kv_rows, kv_heads = users * candidates, users * events, HEADS // case["group"]
     integers, strided = torch.int32 if case["int32"] else torch.int64, case["strided"]
@@ -257,7 +285,11 @@ def _smoothing_needs_the_catalog(case: Case) -> bool:
 OPS = {
     op.function: op
     for op in (
-        OpCases("target_attention", _COMMON | _OPTIONS, _attention),
+        OpCases(
+            "target_attention",
+            _COMMON | _OPTIONS | {"history": ("short", "long", "long, full")},
+            _attention,
+        ),
         OpCases("target_attention_backward", _COMMON | _OPTIONS | {"grad_lse": NO_YES}, _attention_backward),
         OpCases("target_attention_weights", _COMMON | _OPTIONS, _without_values),
         OpCases(

@@ -8,7 +8,8 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from attnrec.kernels import MODULES, aot  # noqa: E402
-from attnrec.kernels.aot_cases import OPS, covering, whole  # noqa: E402
+from attnrec.kernels.aot_cases import OPS, RISKIEST, covering, riskiest, whole  # noqa: E402
+from attnrec.kernels.launch import Launch, forced  # noqa: E402
 from attnrec.kernels.standin import stand_in  # noqa: E402
 
 from attnrec import ops  # noqa: E402
@@ -73,6 +74,15 @@ def test_shared_memory_is_held_against_the_chip():
     assert "sm_80 has 166912" in aot.offence(row | {"arch": 80})
 
 
+def test_registers_are_held_against_the_chip():
+    """A launch of more fails; `maxnreg` lets ptxas give a thread more than its block can have."""
+    row = compiled(80, torch.bfloat16)
+    assert "170 registers a thread for 512 threads" in aot.offence(
+        row | {"registers": 170, "options": row["options"] | {"num_warps": 16}}
+    )
+    assert aot.offence(row | {"registers": 170}) is None
+
+
 def test_an_error_becomes_an_offence(monkeypatch):
     def broken(op):
         raise ValueError("no\nsuch tile")
@@ -117,6 +127,18 @@ def test_the_whole_set_has_every_dtype_and_head_dim(op):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_the_riskiest_cases_have_every_value(op):
+    axes = OPS[op].axes
+    cases = riskiest(OPS[op])
+    assert all(map(OPS[op].legal, cases))
+    assert {(c["dtype"], c["head_dim"]) for c in cases} == set(RISKIEST)
+    for name, values in axes.items():
+        if name not in ("dtype", "head_dim"):
+            assert {c[name] for c in cases} == set(values), name
+    assert len(cases) <= 5
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_arguments_are_those_of_the_op(op):
     """What is compiled is called as the op is called."""
     registered = ops.OPS[op]
@@ -127,7 +149,7 @@ def test_arguments_are_those_of_the_op(op):
 
 
 def test_tasks_of_the_subset_spread_over_the_architectures():
-    todo = aot.tasks([80, 90, 100], ["softmax_score", "catalog_topk"], subset=True)
+    todo = aot.tasks([80, 90, 100], ["softmax_score", "catalog_topk"], subset="pairs")
     assert {op for _, op, _ in todo} == {"softmax_score", "catalog_topk"}
     for op in ("softmax_score", "catalog_topk"):
         dtypes = {(arch, case["dtype"]) for arch, o, case in todo if o == op}
@@ -147,6 +169,38 @@ def test_the_command_fails_on_an_offender(monkeypatch, tmp_path, capsys):
         assert aot.main(["--arch", "80", "--subset", "--json", str(file)]) == code
         assert ("spills 12 bytes" in capsys.readouterr().out) == bool(code)
     assert '"spills": 12' in file.read_text()
+
+
+def test_the_command_fails_on_a_tile_that_spills(capsys):
+    """Of the project's own kernels, from the tasks to the exit status."""
+    command = [
+        "--arch",
+        "80",
+        "--op",
+        "softmax_score",
+        "--subset",
+        "riskiest",
+        "--dtype",
+        "float32",
+        "--jobs",
+        "1",
+    ]
+    with forced("softmax_score", Launch(1, 2048, 1, 1)):
+        assert run_here(command) == 1
+    assert "spills" in capsys.readouterr().out
+    assert run_here(command) == 0
+    assert "1 of" not in capsys.readouterr().out
+
+
+def run_here(command):
+    """`aot.main` with the cases compiled in this process, which knows what is forced."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            aot,
+            "compile_all",
+            lambda todo, jobs, progress: [row for t in todo for row in aot.compile_case(t)],
+        )
+        return aot.main(command)
 
 
 def test_a_real_op_has_nothing_to_object_to():

@@ -187,19 +187,33 @@ def test_lse_is_within_its_bound_whatever_the_spread(kind, spread):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_errors_that_all_point_one_way(kind):
-    """Each item is rounded towards the user, the best ones away from it: without the bound of the items'
-    rounding the wrong ones would win."""
-    users, rows = normal(8, 32), normal(ITEMS, 32, seed=1) * 0.01
+def test_the_bound_has_the_users_rounding(kind):
+    """Items that the codes hold exactly, so that the users' rounding alone can exchange them: it would, for
+    some of these users."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-127, 128, (ITEMS, 32), generator=generator).float()
+    rows[:, 0] = 127
+    filters, users = made(rows, kind), normal(64, 32)
+    assert (filters["filter_error"][:, 0] == 0).all()
+    step = users.abs().amax(1, keepdim=True) / 127
+    near = users.bfloat16().float() if kind == "bf16" else (users / step).round() * step
+    best = check(users, rows, 50, filters)[1].sort(1).values
+    assert not torch.equal((near @ rows.T).topk(50).indices.sort(1).values, best)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bound_has_the_items_rounding(kind):
+    """Users that the codes hold exactly, and items that do not differ once they are rounded."""
+    generator = torch.Generator().manual_seed(0)
+    users = torch.randint(-127, 128, (16, 32), generator=generator).float()
+    users[:, 0] = 127
+    rows = normal(100, 32, seed=1).repeat(ITEMS // 100, 1)
+    rows += normal(ITEMS, 32, seed=2) * 1e-4
+    rows[:, 0] = 4
     filters = made(rows, kind)
-    near = rounded(filters["filter"], filters["filter_scale"], rows)
-    direction = users[0].double()
-    check(users, (2 * near - rows.double()).float(), 50, made((2 * near - rows.double()).float(), kind))
-    # The users' rounding alone: items that the codes hold exactly, almost along what the user loses.
-    exact = torch.randint(-127, 128, (ITEMS, 32), generator=torch.Generator().manual_seed(2)).float()
-    exact[:, 0] = 127
-    many = direction.float().expand(64, 32) * (1 + torch.linspace(0, 0.9, 64).unsqueeze(1))
-    check(many.contiguous(), exact, 50, made(exact, kind))
+    near = rounded(filters["filter"], filters["filter_scale"], rows).float()
+    best = check(users, rows, 50, filters)[1].sort(1).values
+    assert not torch.equal((users @ near.T).topk(50).indices.sort(1).values, best)
 
 
 @pytest.mark.parametrize("kind", KINDS)

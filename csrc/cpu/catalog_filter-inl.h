@@ -73,54 +73,95 @@ struct FilterRows {
   }
 };
 
-// What is prepared of a span of panels.
+// The largest of 32 pairs of numbers of at least 0, whose bits order as they do; and of the finite ones.
+struct PairMaxima {
+  typedef uint16_t Pairs __attribute__((vector_size(64)));  // 16 of them
+  Pairs all = {}, finite = {};
+
+  ATTNREC_MEMBER void take(const BFloat16* pairs) {
+    Pairs x;
+    std::memcpy(&x, pairs, sizeof x);
+    all = x > all ? x : all;
+    const Pairs kept = x & (x < 0x7f80);
+    finite = kept > finite ? kept : finite;
+  }
+  static void reduce(const Pairs& x, float* first, float* second) {
+    typedef uint16_t Half __attribute__((vector_size(32)));
+    typedef uint16_t Quarter __attribute__((vector_size(16)));
+    Half h[2];
+    std::memcpy(h, &x, sizeof h);
+    const Half of_two = h[0] > h[1] ? h[0] : h[1];
+    Quarter q[2];
+    std::memcpy(q, &of_two, sizeof q);
+    const Quarter left = q[0] > q[1] ? q[0] : q[1];
+    uint16_t most[2] = {left[0], left[1]};
+    for (int i = 2; i < 8; i++) most[i % 2] = left[i] > most[i % 2] ? left[i] : most[i % 2];
+    *first = to_float(BFloat16{most[0]});
+    *second = to_float(BFloat16{most[1]});
+  }
+};
+
+// What is prepared of a span of panels. The panel that N cuts short is copied, so that nothing is read
+// beyond.
 struct FilterSpan {
   int count = 0;
   int64_t panels[kFilterSpan];
   float error[kFilterSpan], norm[kFilterSpan], beyond[kFilterSpan];  // the largest of a panel
-  float *scale, *bias;                                               // [items of the span]
+  const float *scale[kFilterSpan], *bias[kFilterSpan];               // of a panel's items
+  float *last_scale, *biases;
 
   explicit FilterSpan(Arena& arena)
-      : scale(arena.take<float>(kFilterSpan * kPanelItems)),
-        bias(arena.take<float>(kFilterSpan * kPanelItems)) {}
+      : last_scale(arena.take<float>(kPanelItems)), biases(arena.take<float>(kFilterSpan * kPanelItems)) {}
+
+  // Before the first.
+  void clear() {
+    for (int i = 0; i < kPanelItems; i++) last_scale[i] = 0;
+    for (int i = 0; i < kFilterSpan * kPanelItems; i++) biases[i] = 0;
+  }
 
   void load(const CatalogFilter& filter, FilterSums& sums) {
+    PairMaxima of_span;
     for (int p = 0; p < count; p++) {
       const int64_t first = panels[p] * kPanelItems;
       const int n = static_cast<int>(least(kPanelItems, filter.items - first));
-      load_errors(&filter.error[2 * first].bits, n, p, sums);
-      float *s = scale + p * kPanelItems, *b = bias + p * kPanelItems, most = 0;
-      for (int i = 0; filter.scale && i < kPanelItems; i++) s[i] = i < n ? filter.scale[first + i] : 0;
-      for (int i = 0; i < kPanelItems; i++) {
-        b[i] = 0;
-        if (!filter.bias || i >= n) continue;
-        b[i] = load_element<float>(filter.bias, (first + i) * filter.bias_stride, filter.bias_element);
-        if (b[i] < kHiddenScore) b[i] = kHiddenScore;  // so that an exponential of it is 0, not NaN
-        const float size = b[i] < 0 ? -b[i] : b[i];
-        if (b[i] > kHiddenScore && size > most) most = size;
+      const BFloat16* errors = filter.error + 2 * first;
+      BFloat16 copied[2 * kPanelItems] = {};
+      if (n < kPanelItems) {
+        for (int i = 0; i < 2 * n; i++) copied[i] = errors[i];
+        for (int i = 0; filter.scale && i < n; i++) last_scale[i] = filter.scale[first + i];
+        errors = copied;
       }
+      PairMaxima of_panel;
+      of_panel.take(errors);
+      of_panel.take(errors + kPanelItems);
+      PairMaxima::reduce(of_panel.all, &error[p], &norm[p]);
+      of_span.finite = of_panel.finite > of_span.finite ? of_panel.finite : of_span.finite;
+      scale[p] = n < kPanelItems || !filter.scale ? last_scale : filter.scale + first;
       // A score is rounded a few times more where the bias comes in; the rest keeps 0 apart from 0.
-      beyond[p] = most * 0x1p-21f + 4 * std::numeric_limits<float>::min();
+      beyond[p] = 4 * std::numeric_limits<float>::min();
+      bias[p] = biases;
+      if (filter.bias) {
+        bias[p] = biases + p * kPanelItems;
+        beyond[p] += load_bias(filter, first, n, biases + p * kPanelItems) * 0x1p-21f;
+      }
     }
+    float largest[2];
+    PairMaxima::reduce(of_span.finite, &largest[0], &largest[1]);
+    sums.error = largest[0] > sums.error ? largest[0] : sums.error;
+    sums.norm = largest[1] > sums.norm ? largest[1] : sums.norm;
   }
 
  private:
-  // `sums` keeps the largest that are finite.
-  void load_errors(const uint16_t* bits, int n, int p, FilterSums& sums) {
-    constexpr uint16_t kInf = 0x7f80;  // of numbers of at least 0 the bits order as the numbers do
-    uint16_t most[2] = {0, 0}, finite[2] = {0, 0};
+  // Returns the largest |bias| that does not hide.
+  static float load_bias(const CatalogFilter& filter, int64_t first, int n, float* to) {
+    float most = 0;
     for (int i = 0; i < n; i++) {
-      for (int part = 0; part < 2; part++) {
-        const uint16_t x = bits[2 * i + part], kept = x < kInf ? x : 0;
-        most[part] = x > most[part] ? x : most[part];
-        finite[part] = kept > finite[part] ? kept : finite[part];
-      }
+      to[i] = load_element<float>(filter.bias, (first + i) * filter.bias_stride, filter.bias_element);
+      if (to[i] < kHiddenScore) to[i] = kHiddenScore;  // so that an exponential of it is 0, not NaN
+      const float size = to[i] < 0 ? -to[i] : to[i];
+      if (to[i] > kHiddenScore && size > most) most = size;
     }
-    error[p] = to_float(BFloat16{most[0]});
-    norm[p] = to_float(BFloat16{most[1]});
-    const float largest[2] = {to_float(BFloat16{finite[0]}), to_float(BFloat16{finite[1]})};
-    sums.error = largest[0] > sums.error ? largest[0] : sums.error;
-    sums.norm = largest[1] > sums.norm ? largest[1] : sums.norm;
+    return most;
   }
 };
 
@@ -162,8 +203,8 @@ void score_panels(const CatalogFilter& filter, const FilterRows& rows, int row, 
       const typename V::Reg unit = V::set1(rows.unit[row + r]);
 #pragma GCC unroll 8
       for (int j = 0; j < kRegisters; j++) {
-        const int at = p * kPanelItems + j * W;
-        sum[r][j] = V::fma(Products::number(sum[r][j], span.scale + at), unit, V::load(span.bias + at));
+        sum[r][j] =
+            V::fma(Products::number(sum[r][j], span.scale[p] + j * W), unit, V::load(span.bias[p] + j * W));
       }
       readout.take(row + r, p, sum[r], reach[r]);
     }
@@ -262,7 +303,7 @@ struct ScanReadout : FilterReadout<V> {
   void begin() {
     for (int r = 0; r < Base::rows.count; r++) {
       counts[r] = 0;
-      base[r] = r < Base::unit.rows ? -Base::rows.floor[r] * static_cast<float>(kLog2E) : 0;
+      base[r] = Base::rows.floor[r] < kLargestBound ? -Base::rows.floor[r] * static_cast<float>(kLog2E) : 0;
       raise(r, Base::rows.floor[r]);
       V::store(totals + r * V::kWidth, V::zero());
     }
@@ -329,11 +370,18 @@ struct ScanReadout : FilterReadout<V> {
 template <class V, class Readout, class BeforeSpan>
 void score_unit(const CatalogFilter& filter, const FilterUnit& unit, FilterRows& rows, FilterSpan& span,
                 FilterSums& sums, Readout& readout, BeforeSpan&& before_span) {
+  span.clear();
   for (int64_t panel = unit.first_panel; panel < unit.last_panel; panel += kFilterSpan) {
     span.count = static_cast<int>(least(kFilterSpan, unit.last_panel - panel));
     for (int p = 0; p < span.count; p++) span.panels[p] = unit.listed ? unit.listed[panel + p] : panel + p;
     span.load(filter, sums);
     before_span(panel);
+    // Panels in a row the processor fetches ahead by itself (asking for them cost 20 to 60 %), others not.
+    for (int64_t next = panel + kFilterSpan;
+         unit.listed && next < least(panel + 2 * kFilterSpan, unit.last_panel); next++) {
+      const uint32_t* codes = filter.codes + unit.listed[next] * rows.depth * kPanelItems;
+      for (int d = 0; d < rows.depth * kPanelItems; d += 16) __builtin_prefetch(codes + d, 0, 2);
+    }
     for (int row = 0; row < unit.rows; row += kFilterRows) {
       const int m = FilterRows::block_rows(static_cast<int>(least(kFilterRows, unit.rows - row)));
       if (filter.code == Code::kInt8) {

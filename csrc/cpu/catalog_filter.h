@@ -38,7 +38,7 @@ struct FilterUsers {
   const uint32_t* codes = nullptr;  // [users][depth]
   const int32_t* start = nullptr;   // of int8: what takes back the 128 in the items' codes
   const float *unit = nullptr, *per_error = nullptr, *per_norm = nullptr;
-  const float* floor = nullptr;  // k items or more score at least as much; finite
+  const float* floor = nullptr;  // k items or more score at least as much; inf: find nothing
   // As TopkOptions'.
   const int64_t *excluded = nullptr, *exclude_offsets = nullptr;
 };
@@ -55,6 +55,9 @@ struct FilterUnit {
 struct Candidate {
   float score, reach;
   int64_t id;
+
+  // What it scores at least. (That the difference is rounded, `reach` has room for.)
+  float sure() const { return score - reach; }
 };
 
 // Where a row's candidates go, some at a time. `take` returns from where on a score counts from now on.

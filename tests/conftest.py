@@ -43,6 +43,28 @@ def pytest_configure(config):
             pytest.exit(f"attnrec in {attnrec.__file__} is not built with sanitizers: {flags}", returncode=2)
 
 
+def pytest_sessionstart(session):
+    """Compiled here, the workers of a parallel run need not wait for each other."""
+    if RUNNER.name == "cuda-emulator":
+        from ptxemu import project
+
+        why_not = project.why_not()
+        if why_not is not None:
+            pytest.exit(f"ATTNREC_TEST_RUNNER=cuda-emulator, and {why_not}", returncode=2)
+        project.libraries()
+
+
+def pytest_terminal_summary(terminalreporter):
+    if RUNNER.name == "cuda-emulator":
+        from ptxemu import project
+
+        there = list(project.kernels())
+        without = [name for name in attnrec.ops.OPS if name not in there]
+        terminalreporter.write_line(f"ops with a CUDA kernel, run here: {', '.join(there)}")
+        if without:
+            terminalreporter.write_line(f"skipped, as there is none: {', '.join(without)}")
+
+
 def pytest_collection_modifyitems(config, items):
     """What the runner leaves out (tests/runners.py)."""
     left_out = []

@@ -1,13 +1,14 @@
-"""Where the ops' tests run: one suite, four runners. ATTNREC_TEST_RUNNER chooses; `native` is the default.
+"""Where the ops' tests run: one suite, five runners. ATTNREC_TEST_RUNNER chooses; `native` is the default.
 
 | runner | tensors | what serves them |
 | --- | --- | --- |
 | native | on the CPU | the usual choice, which is the C++ kernels |
 | interpreter | on the CPU | the Triton kernels in Triton's interpreter: their logic, in numpy |
 | emulator | on the CPU | the Triton kernels as compiled for sm_80, executed by tests/ptxemu |
+| cuda-emulator | on the CPU | the CUDA C++ kernels, their launchers and their binding, likewise |
 | device | on the GPU | the Triton kernels, or the backend that ATTNREC_BACKEND names |
 
-The middle two are a thousand times slower than hardware. For them alone everything that makes a run long is
+The middle three are a thousand times slower than hardware. For them alone everything that makes a run long is
 turned down here, and only here: a parametrised test keeps a covering part of its cases (`thin`), and at most
 `most` of these, or three times as many where they are of options; sizes that are large for the sake of being
 large are cut (`smaller`), hypothesis draws fewer examples.
@@ -24,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 
 ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,6 +64,10 @@ class Runner:
                 from ptxemu.session import session
 
                 stack.enter_context(session())
+            if self.name == "cuda-emulator":
+                from ptxemu import project
+
+                stack.enter_context(project.served(missing=pytest.skip))
             if self.backend is not None:
                 stack.enter_context(attnrec.use_backend(self.backend))
             yield
@@ -96,6 +102,7 @@ RUNNERS = {
         Runner("native"),
         Runner("interpreter", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=3),
         Runner("emulator", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=3),
+        Runner("cuda-emulator", "cpu", "cuda", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=3),
         Runner("device", "cuda", os.environ.get("ATTNREC_BACKEND", "triton"), WITHOUT_DOUBLE, threads=(1, 2)),
     )
 }

@@ -113,6 +113,63 @@ class TestUseBackend:
         assert not recwarn.list
 
 
+class TestCuda:
+    """The choice, with kernels that a test has made."""
+
+    @pytest.fixture
+    def kernels(self, monkeypatch):
+        """The CUDA backend on CPU tensors, with one kernel; what it was called with."""
+        calls = []
+
+        class Kernel:
+            def call_boxed(self, keys, *args, **kwargs):
+                calls.append((keys, args, kwargs))
+                return ops.OPS["softmax_score"].reference(*args, **kwargs)
+
+        monkeypatch.setattr(backends.CUDA, "kernels", {"softmax_score": Kernel()})
+        monkeypatch.setattr(backends.CUDA, "device", "cpu")
+        return calls
+
+    ARGUMENTS = (torch.ones(1, 2), torch.ones(3, 2), make_offsets([3]))
+
+    @needs_extension
+    def test_its_kernel_gets_the_schemas_arguments(self, kernels):
+        with attnrec.use_backend("cuda"):
+            attnrec.softmax_score(*self.ARGUMENTS, temperature=2.0)
+        ((keys, args, kwargs),) = kernels
+        assert keys.has(torch._C.DispatchKey.CUDA)
+        assert all(x is y for x, y in zip(args, self.ARGUMENTS, strict=True))
+        assert kwargs == {"temperature": 2.0, "bias": None}
+
+    @needs_extension
+    def test_what_it_declines(self, kernels):
+        def why(function, *args):
+            return attnrec.explain(function, *args).reasons["cuda"]
+
+        double = [x.double() if x.is_floating_point() else x for x in self.ARGUMENTS]
+        assert "not float64" in why(attnrec.softmax_score, *double)
+        assert "no CUDA kernel of target_attention" in why(attnrec.target_attention, *BATCH.args)
+        backends.CUDA.device = "cuda"
+        assert why(attnrec.softmax_score, *self.ARGUMENTS) == "the tensors are on cpu"
+
+    @needs_extension
+    @pytest.mark.parametrize("listed", [True, False])
+    def test_which_of_two_gpu_backends_comes_first(self, kernels, monkeypatch, listed):
+        monkeypatch.setattr(backends.Triton, "supports", lambda self, call: None)
+        monkeypatch.setattr(backends, "TRITON_FIRST", {"softmax_score": "for a test"} if listed else {})
+        said = attnrec.explain(attnrec.softmax_score, *self.ARGUMENTS)
+        if listed:
+            assert (said.backend, said.reasons["cuda"]) == ("triton", "triton comes first: for a test")
+        else:
+            assert (said.backend, said.reasons["triton"]) == ("cuda", "cuda comes first")
+
+    @needs_extension
+    def test_where_triton_cannot_serve_cuda_does(self, kernels):
+        said = attnrec.explain(attnrec.softmax_score, *self.ARGUMENTS)
+        assert said.backend == "cuda"
+        assert "TRITON_INTERPRET=1" in said.reasons["triton"]
+
+
 class TestExplain:
     @needs_extension
     @pytest.mark.parametrize("name", ["target_attention", "catalog_cross_entropy"])

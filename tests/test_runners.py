@@ -42,7 +42,9 @@ def test_the_environment_chooses(monkeypatch):
     monkeypatch.setenv("ATTNREC_TEST_EXAMPLES", "2")
     assert chosen().examples == 2
     monkeypatch.setenv("ATTNREC_TEST_RUNNER", "gpu")
-    with pytest.raises(ValueError, match="must be one of native, interpreter, emulator, device, got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="must be one of native, interpreter, emulator, cuda-emulator, device, got 'gpu'"
+    ):
         chosen()
 
 

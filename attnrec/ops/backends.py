@@ -1,8 +1,8 @@
 """The backends, which of them serves a call, and how a user chooses or asks.
 
 A backend has a `name`, says of a call why it cannot serve it (`supports`, None where it can), and runs it.
-BACKENDS is the order of preference: the first that supports a call serves it, unless one is forced.
-`reference` is last and supports everything.
+BACKENDS is the order of preference, but for the ops of TRITON_FIRST: the first that supports a call serves
+it, unless one is forced. `reference` is last and supports everything.
 
 On CPU tensors the usual call never comes here: the C++ kernels are registered for the CPU with the dispatcher
 itself. A kernel that asks here takes their place only while another backend is forced
@@ -10,7 +10,6 @@ itself. A kernel that asks here takes their place only while another backend is 
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -111,29 +110,51 @@ class Triton:
             return function(**call.arguments)
 
 
-@dataclass(frozen=True)
-class NotThere:
-    """A backend that this build or version does not have."""
+class Cuda:
+    """The CUDA C++ kernels of csrc/cuda. Where there is no Python the dispatcher calls them by itself; here a
+    kernel that asks for the choice lies over them."""
 
-    name: str
-    why: Callable[[], str]
+    name = "cuda"
+
+    def __init__(self) -> None:
+        # By name of the op, as torch.library.get_kernel gives them; filled at registration.
+        self.kernels: dict[str, Any] = {}
+        self.device = "cuda"
 
     def supports(self, call: Call) -> str | None:
-        return self.why()
+        if extension is None:
+            return reason
+        if not self.kernels:
+            return extension.build["why_no_cuda"]
+        if call.device.type != self.device:
+            return f"the tensors are on {call.device}"
+        if call.op.name not in self.kernels:
+            return f"there is no CUDA kernel of {call.op.name}"
+        if any(x.dtype == torch.float64 for x in call.arguments.values() if isinstance(x, Tensor)):
+            return "CUDA kernels take float32, bfloat16 and float16, not float64"
+        if self.device == "cuda":
+            major, minor = torch.cuda.get_device_capability(call.device)
+            if major < 8:
+                return f"the GPU is sm_{major}{minor}, and the kernels need sm_80 or newer"
+        return None
 
     def run(self, call: Call) -> Any:
-        raise NotImplementedError(f"{self.name}: {self.why()}")
+        args, kwargs = call.op.split(call.arguments)
+        return self.kernels[call.op.name].call_boxed(_CUDA_KEYS, *args, **kwargs)
 
 
-def _why_no_cuda() -> str:
-    if extension is None:
-        return reason
-    return extension.build["why_no_cuda"] or "this version has no CUDA kernels"
+_CUDA_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
-
-# CUDA kernels (csrc/cuda) take the place of the first when they come.
 CPU = Cpu()
-BACKENDS: tuple[Backend, ...] = (NotThere("cuda", _why_no_cuda), Triton(), CPU, Reference())
+CUDA = Cuda()
+BACKENDS: tuple[Backend, ...] = (CUDA, Triton(), CPU, Reference())
+
+# Ops for which Triton's kernel comes before CUDA's, and on what grounds: one that has not been measured to be
+# slower than the other stays where it was.
+TRITON_FIRST: dict[str, str] = {
+    "softmax_score": "no GPU has compared them yet",
+    "softmax_score_backward": "no GPU has compared them yet",
+}
 
 _forced: Backend | None = None
 
@@ -145,6 +166,13 @@ def _named(name: str) -> Backend:
     raise ValueError(f"no backend {name!r}: there are {', '.join(b.name for b in BACKENDS)}")
 
 
+def _in_order(op: str) -> list[Backend]:
+    """The backends, the preferred first."""
+    if op not in TRITON_FIRST:
+        return list(BACKENDS)
+    return sorted(BACKENDS, key=lambda backend: backend.name != "triton")
+
+
 def choose(call: Call) -> Backend:
     """The backend that serves the call: the forced one, or the first that supports it."""
     if _forced is not None:
@@ -152,7 +180,7 @@ def choose(call: Call) -> Backend:
         if why_not is not None:
             raise RuntimeError(f"the backend {_forced.name} can't serve {call.op.name}: {why_not}")
         return _forced
-    return next(backend for backend in BACKENDS if backend.supports(call) is None)
+    return next(backend for backend in _in_order(call.op.name) if backend.supports(call) is None)
 
 
 def serve(call: Call) -> Any:
@@ -225,5 +253,8 @@ def explanation(call: Call) -> Explanation:
         others = {b.name: f"{_forced.name} is forced" for b in BACKENDS if b is not _forced}
         return Explanation(call.op.name, able, True, others | reasons)
     chosen = choose(call)
-    later = {b.name: f"{chosen.name} comes first" for b in BACKENDS[BACKENDS.index(chosen) + 1 :]}
-    return Explanation(call.op.name, chosen.name, False, reasons | later)
+    first = f"{chosen.name} comes first"
+    others = {b.name: reasons.get(b.name, first) for b in BACKENDS if b is not chosen}
+    if chosen.name == "triton" and others["cuda"] == first:
+        others["cuda"] += f": {TRITON_FIRST[call.op.name]}"
+    return Explanation(call.op.name, chosen.name, False, others)

@@ -156,7 +156,17 @@ def register(ops: list[Op]) -> None:
             _library.impl(op.name, _autocast_kernel(op, overload, "cuda"), "AutocastCUDA")
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"attnrec::{op.name}", "CPU"):
             backends.CPU.kernels.add(op.name)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"attnrec::{op.name}", "CUDA"):
+            backends.CUDA.kernels[op.name] = torch.library.get_kernel(overload, "CUDA")
+            _put_over(_library, op, "CUDA")
         _registered.append(op)
+
+
+def _put_over(library: torch.library.Library, op: Op, key: str) -> None:
+    """The choosing kernel in place of a compiled one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
+        library.impl(op.name, _choosing_kernel(op), key)
 
 
 def reroute_cpu(through_choice: bool) -> None:
@@ -167,10 +177,8 @@ def reroute_cpu(through_choice: bool) -> None:
         _cpu_detour = None
     if through_choice and _registered:
         _cpu_detour = torch.library.Library("attnrec", "IMPL")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
-            for op in _registered:
-                _cpu_detour.impl(op.name, _choosing_kernel(op), "CPU")
+        for op in _registered:
+            _put_over(_cpu_detour, op, "CPU")
 
 
 # --- without the extension ----------------------------------------------------------------------------------

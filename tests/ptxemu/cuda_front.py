@@ -6,6 +6,8 @@ true grid, block, shared bytes and argument values.
 """
 
 import ctypes
+import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -48,11 +50,14 @@ def _run(command):
 
 
 def _built(path, make):
-    """Make a file once: `make(temporary path)` and rename."""
+    """Make a file once: `make(temporary path)` and rename. Who comes while it is made waits for it."""
     if not os.path.exists(path):
-        temporary = f"{path}.{os.getpid()}"
-        make(temporary)
-        os.replace(temporary, path)
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.exists(path):
+                temporary = f"{path}.{os.getpid()}"
+                make(temporary)
+                os.replace(temporary, path)
     return path
 
 
@@ -105,38 +110,56 @@ class _Runtime:
 _runtime = None
 
 
+def runtime():
+    """The process's stand-in runtime, made when it is first asked for."""
+    global _runtime
+    _runtime = _runtime or _Runtime()
+    return _runtime
+
+
 class CudaLibrary:
     """A compiled .cu file. `call` runs one of its extern "C" host functions; `options` are those of
     launch_ptx (schedule, seed, ...); `stats` holds the Stats of the last call's launches. `execute(call)`
     runs a launch in place of `call.run(**options)` and returns Stats too."""
 
-    def __init__(self, source, flags=(), execute=None, **options):
-        """source: path of a .cu file, or its text."""
-        global _runtime
-        _runtime = _runtime or _Runtime()
+    def __init__(self, source, flags=(), execute=None, depends=(), visible=False, **options):
+        """source: path of a .cu file, or its text; `depends`: paths of what it includes. visible: what is
+        loaded later may call its functions."""
+        runtime()
         if "\n" not in source:
             with open(source) as f:
                 text, flags = f.read(), ["-I" + os.path.dirname(os.path.abspath(source)), *flags]
         else:
             text = source
-        tag = hashlib.sha256(repr((text, list(flags))).encode()).hexdigest()[:16]
+        included = []
+        for path in depends:
+            with open(path) as f:
+                included.append(f.read())
+        tag = hashlib.sha256(repr((text, list(flags), *included)).encode()).hexdigest()[:16]
         folder = os.path.join(_cache_dir(), tag)
         os.makedirs(folder, exist_ok=True)
         cu = os.path.join(folder, "kernels.cu")
-        with open(cu, "w") as f:
-            f.write(text)
         # one run gives both: the library, and (kept) the PTX that it embeds
         command = [os.path.join(CUDA_HOME, "bin", "nvcc"), "-std=c++17", "-shared", "-Xcompiler", "-fPIC"]
         command += ["-cudart", "none", "-gencode", "arch=compute_80,code=compute_80"]
         command += ["--keep", "--keep-dir", folder, *flags, cu, "-o"]
-        so = _built(os.path.join(folder, "kernels.so"), lambda out: _run([*command, out]))
+
+        def compile(out):
+            with open(cu, "w") as f:
+                f.write(text)
+            _run([*command, out])
+
+        so = _built(os.path.join(folder, "kernels.so"), compile)
         with open(os.path.join(folder, "kernels.ptx")) as f:
             self.ptx = f.read()
-        self.program = Program(self.ptx, identity=True)
         self.execute, self.options, self.stats, self.error = execute, options, [], None
         _runtime.libraries.append(self)
         _runtime.stub.ptxemu_begin_library(len(_runtime.libraries) - 1)
-        self.lib = ctypes.CDLL(so)
+        self.lib = ctypes.CDLL(so, mode=ctypes.RTLD_GLOBAL if visible else ctypes.RTLD_LOCAL)
+
+    @functools.cached_property
+    def program(self):  # reading PTX takes seconds, and not every library is launched from
+        return Program(self.ptx, identity=True)
 
     def launch(self, name, grid, block, shared, max_dynamic, args):
         kernel = self.program.kernel(name)

@@ -1,0 +1,56 @@
+// The stable ABI's header declares its CUDA functions only for those who ask.
+#ifndef USE_CUDA
+#define USE_CUDA
+#endif
+#include "cuda/binding.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+namespace attnrec::cuda {
+
+Launch::Launch(const Tensor& tensor) {
+  const int32_t device = tensor.get_device_index();
+  CUDAGuardHandle guard = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
+  guard_ = guard;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+}
+
+Launch::~Launch() { aoti_torch_delete_cuda_guard(static_cast<CUDAGuardHandle>(guard_)); }
+
+void Launch::check(const char* op, cudaError_t error) {
+  ATTNREC_CHECK(error == cudaSuccess, op, "the launch failed: ", cudaGetErrorString(error));
+}
+
+Element element_of(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    default:
+      ATTNREC_CHECK(false, op, name, " must be float32, bfloat16 or float16 on a GPU, got ",
+                    name_of(tensor.scalar_type()));
+  }
+}
+
+Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept) {
+  const int64_t last = tensor.dim() - 1;
+  kept.push_back(tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor
+                                                                    : torch::stable::contiguous(tensor));
+  const Tensor& read = kept.back();
+  return {read.const_data_ptr(), read.stride(0), last == 2 ? read.stride(1) : 0};
+}
+
+Indices indices_of(const Tensor& tensor, std::vector<Tensor>& kept) {
+  kept.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  return {kept.back().const_data_ptr(), tensor.scalar_type() == ScalarType::Long};
+}
+
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
+}
+
+}  // namespace attnrec::cuda

@@ -1,0 +1,63 @@
+// Vectors read 16 bytes a lane and computed with in fp32.
+#pragma once
+
+#include "cuda/element.cuh"
+
+namespace attnrec::cuda {
+
+// Elements in 16 bytes.
+template <class T>
+constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
+
+template <class T>
+struct Piece {
+  float x[kWidth<T>];
+};
+
+// Elements `first … first + kWidth` of a vector of `dim`, zeros beyond its end. kAligned: `dim` is a multiple
+// of kWidth and the vector begins at a multiple of 16 bytes. It changes how memory is read, not what is got.
+template <class T, bool kAligned>
+__device__ Piece<T> load_piece(const T* vector, int first, int dim) {
+  Piece<T> piece;
+  alignas(16) T raw[kWidth<T>];
+  if constexpr (kAligned) {
+    uint4 bits = make_uint4(0, 0, 0, 0);
+    if (first < dim) bits = __ldg(reinterpret_cast<const uint4*>(vector + first));
+    *reinterpret_cast<uint4*>(raw) = bits;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth<T>; i++) {
+      raw[i] = first + i < dim ? vector[first + i] : from_float<T>(0);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; i++) piece.x[i] = to_float(raw[i]);
+  return piece;
+}
+
+template <class T, bool kAligned>
+__device__ void store_piece(T* vector, int first, int dim, const Piece<T>& piece) {
+  alignas(16) T raw[kWidth<T>];
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; i++) raw[i] = from_float<T>(piece.x[i]);
+  if constexpr (kAligned) {
+    if (first < dim) *reinterpret_cast<uint4*>(vector + first) = *reinterpret_cast<const uint4*>(raw);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth<T>; i++) {
+      if (first + i < dim) vector[first + i] = raw[i];
+    }
+  }
+}
+
+// Whether all rows and heads begin at a multiple of 16 bytes and hold whole pieces.
+inline bool is_aligned(const Vectors& vectors, int64_t dim, Element element) {
+  const int64_t bytes = element_bytes(element);
+  return (reinterpret_cast<uintptr_t>(vectors.data) | static_cast<uintptr_t>(dim * bytes) |
+          static_cast<uintptr_t>(vectors.row_stride * bytes) |
+          static_cast<uintptr_t>(vectors.head_stride * bytes)) %
+             16 ==
+         0;
+}
+
+}  // namespace attnrec::cuda

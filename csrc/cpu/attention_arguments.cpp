@@ -11,41 +11,34 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
                                        const OptionalTensor& kv_lengths_, const OptionalTensor& visible_,
                                        const OptionalTensor& self_key, const OptionalTensor* self_value,
                                        const OptionalTensor& key_bias) {
+  check_attention(op, query, key, value, q_offsets_, kv_offsets_, scale, kv_lengths_, visible_, self_key,
+                  self_value, key_bias);
   Attention& a = attention;
+  const int64_t rows = query.size(0);
   a.element = element_of(op, "query", query);
-  const ScalarType dtype = query.scalar_type();
-  check_tensor(op, "query", query, 3, dtype);
-  check_tensor(op, "key", key, 3, dtype);
-  const int64_t rows = query.size(0), events = key.size(0), D = query.size(2);
-  ATTNREC_CHECK(D >= 1 && D <= 256, op, "query must have a head dim of 1 to 256, got shape ",
-                shape_of(query));
-  ATTNREC_CHECK(key.size(2) == D, op, "key must have query's head dim ", D, ", got shape ", shape_of(key));
-  ATTNREC_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, op, "query's heads (", query.size(1),
-                ") must be a multiple of key's (", key.size(1), ")");
-  a.head_dim = static_cast<int>(D);
+  a.head_dim = static_cast<int>(query.size(2));
   a.heads = static_cast<int>(query.size(1));
   a.kv_heads = static_cast<int>(key.size(1));
-  ATTNREC_CHECK(!scale || std::isfinite(*scale), op, "scale must be finite, got ", *scale);
-  a.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(D)));
+  a.scale = scale.value_or(1.0 / std::sqrt(static_cast<double>(a.head_dim)));
   a.query = vectors_of(query, kept);
   a.key = vectors_of(key, kept);
-  if (value) {
-    check_tensor(op, "value", *value, 3, dtype);
-    ATTNREC_CHECK(value->size(0) == events && value->size(1) == key.size(1) && value->size(2) == D, op,
-                  "value must have key's shape ", shape_of(key), ", got ", shape_of(*value));
-    a.value = vectors_of(*value, kept);
+  if (value) a.value = vectors_of(*value, kept);
+  if (self_key) a.self_key = vectors_of(*self_key, kept);
+  if (self_value && *self_value) a.self_value = vectors_of(**self_value, kept);
+  if (key_bias) {
+    a.bias_element = element_of(op, "key_bias", *key_bias);
+    a.key_bias = key_bias->const_data_ptr();
+    a.bias_row_stride = key_bias->stride(0);
+    a.bias_head_stride = key_bias->stride(1);
   }
 
-  q_offsets = offsets_of(op, "q_offsets", q_offsets_, rows, "query");
-  kv_offsets = offsets_of(op, "kv_offsets", kv_offsets_, events, "key");
-  ATTNREC_CHECK(q_offsets.size() == kv_offsets.size(), op,
-                "kv_offsets must have as many elements as q_offsets (", q_offsets.size(), "), got ",
-                kv_offsets.size());
+  q_offsets = offsets_of(op, "q_offsets", q_offsets_, query, "query");
+  kv_offsets = offsets_of(op, "kv_offsets", kv_offsets_, key, "key");
   a.users = static_cast<int64_t>(q_offsets.size()) - 1;
   a.q_offsets = q_offsets.data();
   a.kv_offsets = kv_offsets.data();
   if (kv_lengths_) {
-    kv_lengths = integers(op, "kv_lengths", *kv_lengths_, a.users);
+    kv_lengths = integers(op, "kv_lengths", *kv_lengths_, a.users, query);
     for (int64_t b = 0; b < a.users; b++) {
       const int64_t room = kv_offsets[b + 1] - kv_offsets[b];
       ATTNREC_CHECK(kv_lengths[b] >= 0 && kv_lengths[b] <= room, op,
@@ -55,7 +48,7 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
     a.kv_lengths = kv_lengths.data();
   }
   if (visible_) {
-    visible = integers(op, "visible", *visible_, rows);
+    visible = integers(op, "visible", *visible_, rows, query);
     for (int64_t b = 0; b < a.users; b++) {
       const int64_t room = kv_offsets[b + 1] - kv_offsets[b];
       for (int64_t c = q_offsets[b]; c < q_offsets[b + 1]; c++) {
@@ -64,29 +57,6 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
       }
     }
     a.visible = visible.data();
-  }
-  const auto self_slot = [&](const char* name, const Tensor& tensor) {
-    check_tensor(op, name, tensor, 3, dtype);
-    ATTNREC_CHECK(tensor.size(0) == rows && tensor.size(1) == key.size(1) && tensor.size(2) == D, op, name,
-                  " must have shape [", rows, ", ", key.size(1), ", ", D, "], got ", shape_of(tensor));
-    return vectors_of(tensor, kept);
-  };
-  if (self_value) {
-    ATTNREC_CHECK(self_key.has_value() == self_value->has_value(), op,
-                  "self_value must be given with self_key, and only then");
-    if (*self_value) a.self_value = self_slot("self_value", **self_value);
-  }
-  if (self_key) a.self_key = self_slot("self_key", *self_key);
-  if (key_bias) {
-    a.bias_element = element_of(op, "key_bias", *key_bias);
-    const ScalarType bias_dtype = key_bias->scalar_type();
-    ATTNREC_CHECK(bias_dtype == dtype || bias_dtype == ScalarType::Float, op,
-                  "key_bias must be float32 or have query's dtype");
-    ATTNREC_CHECK(key_bias->dim() == 2 && key_bias->size(0) == events && key_bias->size(1) == a.heads, op,
-                  "key_bias must have shape [", events, ", ", a.heads, "], got ", shape_of(*key_bias));
-    a.key_bias = key_bias->const_data_ptr();
-    a.bias_row_stride = key_bias->stride(0);
-    a.bias_head_stride = key_bias->stride(1);
   }
 }
 

@@ -1,9 +1,7 @@
-// From stable-ABI tensors to raw arguments: checks that name the argument, conversions, allocation, threads.
+// From stable-ABI tensors to raw arguments: conversions, checks of values, allocation, threads.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -12,36 +10,26 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/arguments.h"
 #include "cpu/tiers.h"
 
-// Every message reads "attnrec: <op>: <argument> must …, got …".
-#define ATTNREC_CHECK(condition, op, ...) STD_TORCH_CHECK(condition, "attnrec: ", op, ": ", __VA_ARGS__)
-
 namespace attnrec::cpu {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// "[3, 4, 16]"
-std::string shape_of(const Tensor& tensor);
-
-// The element type of a floating tensor on the CPU.
+// The element type of a floating tensor.
 Element element_of(const char* op, const char* name, const Tensor& tensor);
-
-// Checks device, dtype and rank. `like` is the tensor whose dtype it must have.
-void check_tensor(const char* op, const char* name, const Tensor& tensor, int64_t rank, ScalarType dtype);
 
 // `[rows, heads, D]` or `[rows, D]` (one head) in place where the last dimension is contiguous, else a copy,
 // which `kept` holds alive.
 Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept);
 
-// An int32 or int64 vector of `count` numbers (any number where count < 0), any stride.
-std::vector<int64_t> integers(const char* op, const char* name, const Tensor& tensor, int64_t count);
+// An int32 or int64 vector of `count` numbers (any number where count < 0), any stride, on the device of
+// `like`.
+std::vector<int64_t> integers(const char* op, const char* name, const Tensor& tensor, int64_t count,
+                              const Tensor& like);
 
-// Offsets `[users + 1]`: from 0, rising, to `total`, the rows of `rows_name`.
-std::vector<int64_t> offsets_of(const char* op, const char* name, const Tensor& tensor, int64_t total,
+// Offsets `[users + 1]`: from 0, rising, to the number of `rows`, whose name is `rows_name`.
+std::vector<int64_t> offsets_of(const char* op, const char* name, const Tensor& tensor, const Tensor& rows,
                                 const char* rows_name);
 
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,

@@ -20,10 +20,6 @@ struct CatalogArguments {
   CatalogArguments(const CatalogArguments&) = delete;
 };
 
-// Checks that `tensor` is a vector of `count` numbers, float32 or of users' dtype; its element type.
-Element check_per_item(const char* op, const char* name, const Tensor& tensor, int64_t count,
-                       const Tensor& users);
-
 // Cuts `items` into at most `most` chunks of whole tiles, at least `fewest` items each: their bounds. Results
 // are summed chunk by chunk, so that this may depend on the number of items, never on threads or on the
 // batch.

@@ -38,7 +38,8 @@ class PerItem {
  public:
   PerItem(const char* op, const char* name, const OptionalTensor& given, int64_t count, const Tensor& users) {
     if (!given) return;
-    element_ = check_per_item(op, name, *given, count, users);
+    check_per_item(op, name, *given, count, users);
+    element_ = element_of(op, name, *given);
     data_ = given->const_data_ptr();
     stride_ = given->stride(0);
   }
@@ -82,7 +83,7 @@ struct CrossEntropyArguments : CatalogArguments {
       ATTNREC_CHECK(id >= 0 && id < classes, op, name, " must be ids of the table, from 0 to ", classes - 1,
                     ", got ", id, " at ", place);
     };
-    const std::vector<int64_t> targets = integers(op, "target", target_, users.size(0));
+    const std::vector<int64_t> targets = integers(op, "target", target_, users.size(0), users);
     for (size_t r = 0; r < targets.size(); r++) {
       if (targets[r] == ignore_index) continue;
       check_id("target", targets[r], r);
@@ -90,7 +91,7 @@ struct CrossEntropyArguments : CatalogArguments {
       target.push_back(targets[r]);
     }
     if (sampled) {
-      for (int64_t id : integers(op, "negatives", *negatives_, -1)) {
+      for (int64_t id : integers(op, "negatives", *negatives_, -1, users)) {
         if (in_batch && id == ignore_index) continue;
         check_id("negatives", id, negatives.size());
         negatives.push_back(id);
@@ -281,8 +282,8 @@ std::tuple<Tensor, Tensor, Tensor> catalog_cross_entropy_backward(
   const Attention& a = arguments.attention;
   const Kernels& tier = kernels(a.element);
   const Element grad_element = element_of(op, "grad_loss", grad_loss);
-  check_tensor(op, "grad_loss", grad_loss, 1, grad_loss.scalar_type());
-  check_tensor(op, "lse", lse, 1, working_dtype(a.element));
+  check_tensor(op, "grad_loss", grad_loss, 1, grad_loss.scalar_type(), users);
+  check_tensor(op, "lse", lse, 1, working_dtype(a.element), users);
   for (const auto& [name, tensor] : {std::pair{"grad_loss", &grad_loss}, std::pair{"lse", &lse}}) {
     ATTNREC_CHECK(tensor->size(0) == users.size(0), op, name, " must have shape [", users.size(0), "], got ",
                   shape_of(*tensor));

@@ -62,7 +62,7 @@ void round_row(const double* row, int dim, Code code, uint32_t* to, float* scale
 std::tuple<Tensor, Tensor, Tensor> catalog_filter(Tensor rows, std::string dtype) {
   const char* op = "catalog_filter";
   const Element element = element_of(op, "rows", rows);
-  check_tensor(op, "rows", rows, 2, rows.scalar_type());
+  check_tensor(op, "rows", rows, 2, rows.scalar_type(), rows);
   ATTNREC_CHECK(dtype == "bf16" || dtype == "int8", op, "dtype must be 'bf16' or 'int8', got '", dtype, "'");
   std::vector<Tensor> kept;
   CatalogFilter filter;

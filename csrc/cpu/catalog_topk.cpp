@@ -24,7 +24,7 @@ struct Best {
 // Sorts each user's excluded ids.
 std::vector<int64_t> sorted_exclusions(const char* op, const Tensor& ids, const std::vector<int64_t>& offsets,
                                        int64_t items) {
-  std::vector<int64_t> excluded = integers(op, "exclude_ids", ids, -1);
+  std::vector<int64_t> excluded = integers(op, "exclude_ids", ids, -1, ids);
   for (size_t i = 0; i < excluded.size(); i++) {
     ATTNREC_CHECK(excluded[i] >= 0 && excluded[i] < items, op,
                   "exclude_ids must be ids of the catalogue, from 0 to ", items - 1, ", got ", excluded[i],
@@ -141,16 +141,16 @@ std::tuple<Tensor, Tensor, Tensor> catalog_topk(Tensor users, Tensor catalog, in
   options.temperature = temperature;
   std::vector<int64_t> offsets, excluded;
   if (exclude_ids) {
-    offsets = offsets_of(op, "exclude_offsets", *exclude_offsets,
-                         exclude_ids->dim() == 1 ? exclude_ids->size(0) : -1, "exclude_ids");
-    ATTNREC_CHECK(static_cast<int64_t>(offsets.size()) == batch + 1, op,
-                  "exclude_offsets must have users + 1 = ", batch + 1, " elements, got ", offsets.size());
+    check_integers(op, "exclude_ids", *exclude_ids, -1, users);
+    check_integers(op, "exclude_offsets", *exclude_offsets, batch + 1, users);
+    offsets = offsets_of(op, "exclude_offsets", *exclude_offsets, *exclude_ids, "exclude_ids");
     excluded = sorted_exclusions(op, *exclude_ids, offsets, items);
     options.excluded = excluded.data();
     options.exclude_offsets = offsets.data();
   }
   if (bias) {
-    options.bias_element = check_per_item(op, "bias", *bias, items, users);
+    check_per_item(op, "bias", *bias, items, users);
+    options.bias_element = element_of(op, "bias", *bias);
     options.bias = bias->const_data_ptr();
     options.bias_stride = bias->stride(0);
   }

@@ -386,7 +386,7 @@ void check_filter(const char* op, const Tensor& catalog, const OptionalTensor& f
     return;
   }
   const bool bytes = filter->scalar_type() == ScalarType::Byte;
-  check_tensor(op, "filter", *filter, 4, bytes ? ScalarType::Byte : ScalarType::BFloat16);
+  check_tensor(op, "filter", *filter, 4, bytes ? ScalarType::Byte : ScalarType::BFloat16, catalog);
   to->code = bytes ? Code::kInt8 : Code::kBFloat16;
   to->head_dim = static_cast<int>(catalog.size(1));
   to->items = catalog.size(0);
@@ -399,7 +399,7 @@ void check_filter(const char* op, const Tensor& catalog, const OptionalTensor& f
   to->codes = static_cast<const uint32_t*>(filter->const_data_ptr());
   if (bytes) {
     ATTNREC_CHECK(scale.has_value(), op, "filter_scale must be given with a filter of bytes");
-    check_tensor(op, "filter_scale", *scale, 1, ScalarType::Float);
+    check_tensor(op, "filter_scale", *scale, 1, ScalarType::Float, catalog);
     ATTNREC_CHECK(scale->size(0) == to->items && scale->is_contiguous(), op,
                   "filter_scale must be contiguous, [", to->items, "], got ", shape_of(*scale));
     to->scale = static_cast<const float*>(scale->const_data_ptr());
@@ -408,7 +408,7 @@ void check_filter(const char* op, const Tensor& catalog, const OptionalTensor& f
                   "filter_scale must be left out with a filter in bfloat16");
   }
   ATTNREC_CHECK(error.has_value(), op, "filter_error must be given with a filter");
-  check_tensor(op, "filter_error", *error, 2, ScalarType::BFloat16);
+  check_tensor(op, "filter_error", *error, 2, ScalarType::BFloat16, catalog);
   ATTNREC_CHECK(error->size(0) == to->items && error->size(1) == 2 && error->is_contiguous(), op,
                 "filter_error must be contiguous, [", to->items, ", 2], got ", shape_of(*error));
   to->error = static_cast<const BFloat16*>(error->const_data_ptr());

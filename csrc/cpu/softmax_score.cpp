@@ -19,13 +19,12 @@ struct SoftmaxScoreArguments : CatalogArguments {
   SoftmaxScoreArguments(const char* op, const Tensor& users, const Tensor& items, const Tensor& offsets_,
                         double temperature, const OptionalTensor& bias)
       : CatalogArguments(op, users, "items", items, temperature) {
-    offsets = offsets_of(op, "offsets", offsets_, items.size(0), "items");
-    attention.users = static_cast<int64_t>(offsets.size()) - 1;
-    ATTNREC_CHECK(attention.users == users.size(0), op, "offsets must have users + 1 = ", users.size(0) + 1,
-                  " elements, got ", offsets.size());
+    check_softmax_score(op, users, items, offsets_, temperature, bias);
+    offsets = offsets_of(op, "offsets", offsets_, items, "items");
+    attention.users = users.size(0);
     attention.kv_offsets = offsets.data();
     if (bias) {
-      attention.bias_element = check_per_item(op, "bias", *bias, items.size(0), users);
+      attention.bias_element = element_of(op, "bias", *bias);
       attention.key_bias = bias->const_data_ptr();
       attention.bias_row_stride = bias->stride(0);
     }
@@ -98,11 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> softmax_score_backward(Tensor grad, Tensor us
   const char* op = "softmax_score_backward";
   const SoftmaxScoreArguments arguments(op, users, items, offsets, temperature, bias);
   const Attention& a = arguments.attention;
-  for (const auto& [name, tensor] : {std::pair{"grad", &grad}, std::pair{"probabilities", &probabilities}}) {
-    check_tensor(op, name, *tensor, 1, users.scalar_type());
-    ATTNREC_CHECK(tensor->size(0) == items.size(0), op, name, " must have shape [", items.size(0), "], got ",
-                  shape_of(*tensor));
-  }
+  check_per_score(op, "grad", grad, users, items);
+  check_per_score(op, "probabilities", probabilities, users, items);
   const bool wide = a.element == Element::kFloat32 || a.element == Element::kFloat64;
   const Element working = a.element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32;
   grad = torch::stable::contiguous(grad);

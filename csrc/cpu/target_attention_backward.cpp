@@ -38,14 +38,14 @@ std::vector<Unit> plan_backward(const Attention& a) {
 
 // Checks a tensor that has a number for each of the query's rows and heads.
 Vectors per_row(const char* name, const Tensor& tensor, const Tensor& query, ScalarType dtype) {
-  check_tensor(kOp, name, tensor, 2, dtype);
+  check_tensor(kOp, name, tensor, 2, dtype, query);
   ATTNREC_CHECK(tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1), kOp, name,
                 " must have shape [", query.size(0), ", ", query.size(1), "], got ", shape_of(tensor));
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
 Vectors like_query(const char* name, const Tensor& tensor, const Tensor& query, std::vector<Tensor>& kept) {
-  check_tensor(kOp, name, tensor, 3, query.scalar_type());
+  check_tensor(kOp, name, tensor, 3, query.scalar_type(), query);
   ATTNREC_CHECK(
       tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1) && tensor.size(2) == query.size(2),
       kOp, name, " must have query's shape ", shape_of(query), ", got ", shape_of(tensor));

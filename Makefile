@@ -16,7 +16,7 @@ FOLDERS  := $(shell find csrc -type d)  # their times change when a file comes o
 OP_TESTS := $(wildcard $(foreach op,target_attention softmax_score catalog,tests/test_$(op)*.py))
 
 # What else says something of the Triton kernels.
-GPU_TESTS := $(OP_TESTS) $(addprefix tests/,test_op_registration.py test_checks.py test_functional.py test_compile.py test_triton_memory.py)
+GPU_TESTS := $(OP_TESTS) $(addprefix tests/,test_op_registration.py test_checks.py test_functional.py test_compile.py test_kernels_memory.py)
 
 .PHONY: help env build test tiers test-triton test-emulated test-planted test-gpu aot lint sanitize aarch64 demo bench clean
 .DELETE_ON_ERROR:
@@ -66,11 +66,14 @@ test-triton: env ## the ops' tests on the Triton kernels in Triton's interpreter
 	@echo "== tests: the ops, Triton kernels interpreted"
 	ATTNREC_TEST_RUNNER=interpreter $(ON_ALL_CORES) $(GPU_TESTS)
 
-PLANTED := tests/ptxemu/tests/test_emu_own_kernels.py
-test-emulated: env ## the same on the Triton kernels as compiled for sm_80, executed by an emulator, and its own tests
+PLANTED := tests/ptxemu/tests/test_emu_own_kernels.py tests/ptxemu/tests/test_emu_own_cuda.py
+NVCC := $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+test-emulated: env ## the same on the GPU kernels as compiled for sm_80, executed by an emulator, and its own tests
 	@echo "== tests: the ops, Triton kernels compiled for sm_80 and emulated"
-	$(ON_ALL_CORES) tests/ptxemu --ignore $(PLANTED)
-	ATTNREC_TEST_RUNNER=emulator $(ON_ALL_CORES) $(OP_TESTS) tests/test_triton_memory.py
+	$(ON_ALL_CORES) tests/ptxemu $(addprefix --ignore ,$(PLANTED))
+	ATTNREC_TEST_RUNNER=emulator $(ON_ALL_CORES) $(OP_TESTS) tests/test_kernels_memory.py
+	@echo "== tests: the ops, CUDA C++ kernels compiled for sm_80 and emulated$(if $(NVCC),,: not run, there is no nvcc)"
+	$(if $(NVCC),ATTNREC_TEST_RUNNER=cuda-emulator $(ON_ALL_CORES) $(OP_TESTS) tests/test_kernels_memory.py)
 
 test-planted: env ## faults planted in the compiled kernels: each is caught (some ten minutes)
 	$(ON_ALL_CORES) $(PLANTED)
@@ -86,9 +89,11 @@ lint: env ## ruff and clang-format
 	$(BIN)/clang-format --dry-run -Werror $(CXX_CODE)
 
 # Without --subset everything is compiled, with --subset alone all pairs of options.
-aot: env ## compile the Triton kernels for sm_80, 90 and 100 where they are most likely to spill; no GPU needed
+aot: env ## compile the GPU kernels for sm_80, 90 and 100, Triton's where they are most likely to spill; no GPU needed
 	@echo "== Triton kernels: compiled ahead of time"
 	OMP_NUM_THREADS=1 $(BIN)/python -m attnrec.kernels.aot --subset riskiest
+	@echo "== CUDA C++ kernels: compiled ahead of time"
+	$(ON_ALL_CORES) tests/test_cuda_compile.py
 
 # In a folder of its own (Python files copied, extension beside them), so that the normal build stays as it is.
 SANITIZED := build/sanitize/lib

@@ -73,7 +73,7 @@ if ! ask 'import pytest, hypothesis'; then
 elif [ "${has_gpu:-0}" = 1 ]; then
   export ATTNREC_TEST_FULL=0
   check tests-attention 120 tests/test_target_attention.py tests/test_target_attention_backward.py
-  check tests-gpu 60 tests/test_gpu.py tests/test_triton_memory.py
+  check tests-gpu 60 tests/test_gpu.py tests/test_kernels_memory.py
   check tests-ops 120 tests/test_target_attention_weights.py tests/test_softmax_score.py tests/test_catalog_*.py
   check tests-torch 60 tests/test_op_registration.py tests/test_compile.py tests/test_functional.py tests/test_checks.py
   unset ATTNREC_TEST_FULL

@@ -22,6 +22,7 @@ namespace attnrec::cuda {
 constexpr int kChunk = 1024;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kTogether = 4;  // items of a group of lanes whose loads are in flight together
+constexpr int kBlocks = 2;    // of a multiprocessor at least: asked for more, the compiler spills registers
 constexpr float kHidden = -__builtin_huge_valf();
 
 // Where scratch memory is divided: the parts [3][chunks], logits [items], partial gradients [chunks][dim].
@@ -65,37 +66,35 @@ __device__ void chunk_logits(const SoftmaxScore& s, const Chunk& chunk, int lane
   const T* row = static_cast<const T*>(s.user.data) + chunk.user * s.user.row_stride;
   const T* items = static_cast<const T*>(s.item.data) + chunk.first * s.item.row_stride;
   for (int begin = warp * groups; begin < chunk.count; begin += of_pass * kTogether) {
-    float sum[kTogether], bias[kTogether];
-    int n[kTogether];
-    bool seen[kTogether];
+    const auto item = [&](int i) { return begin + i * of_pass + lane / lanes; };
+    float sum[kTogether], bias[kTogether];  // the bias is kHidden also where there is no item
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
-      n[i] = begin + i * of_pass + lane / lanes;
-      seen[i] = n[i] < chunk.count;
-      sum[i] = bias[i] = 0;
-      if (s.bias != nullptr && seen[i]) {
-        bias[i] = load_element(s.bias, (chunk.first + n[i]) * s.bias_stride, s.bias_element);
-        seen[i] = bias[i] != kHidden;
+      sum[i] = 0;
+      bias[i] = item(i) < chunk.count ? 0 : kHidden;
+      if (s.bias != nullptr && item(i) < chunk.count) {
+        bias[i] = load_element(s.bias, (chunk.first + item(i)) * s.bias_stride, s.bias_element);
       }
     }
     for (int first = own; first - own < dim; first += lanes * kWidth<T>) {
       Piece<T> x[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        x[i] = load_piece<T, kAligned>(items + n[i] * s.item.row_stride, first, seen[i] ? dim : 0);
+        const int there = bias[i] != kHidden ? dim : 0;
+        x[i] = load_piece<T, kAligned>(items + item(i) * s.item.row_stride, first, there);
       }
       const Piece<T> of_user = load_piece<T, kAligned>(row, first, dim);
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
 #pragma unroll
-        for (int d = 0; d < kWidth<T>; d++) sum[i] = fmaf(x[i].x[d], of_user.x[d], sum[i]);
+        for (int d = 0; d < kWidth<T>; d++) sum[i] = fmaf(x[i][d], of_user[d], sum[i]);
       }
     }
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
       const float product = over_lanes(sum[i], Sum(), lanes);
-      if (n[i] < chunk.count && lane % lanes == 0) {
-        logits[n[i]] = seen[i] ? product / s.temperature + bias[i] : kHidden;
+      if (item(i) < chunk.count && lane % lanes == 0) {
+        logits[item(i)] = bias[i] != kHidden ? product / s.temperature + bias[i] : kHidden;
       }
     }
   }
@@ -149,7 +148,7 @@ __device__ inline void leave(const Chunk& chunk, const Softmax& softmax, const f
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     score_kernel(SoftmaxScore s, T* out, SoftmaxScoreScratch scratch, int lanes) {
   __shared__ float logits[kChunk], memory[kWarps];
   const Chunk chunk(s);
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Probabilities of users with several chunks.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     normalize_kernel(SoftmaxScore s, T* out, SoftmaxScoreScratch scratch) {
   const Chunk chunk(s);
   if (chunk.count == 0 || chunk.whole) return;
@@ -180,7 +179,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, bool kAligned>
 __device__ void chunk_gradients(const SoftmaxScore& s, const SoftmaxScoreGradient& g, const Chunk& chunk,
                                 int lanes, float mean, float* p, const SoftmaxScoreScratch& scratch) {
-  __shared__ Piece<T> of_warps[kWarps][32];
+  constexpr int kEach = kWidth<T>;
+  __shared__ float of_warps[kWarps][32 * kEach];
   __syncthreads();
   for (int n = threadIdx.x; n < chunk.count; n += kThreads) {
     // Hidden items have p = 0. Neither their gradient nor their vector is read.
@@ -202,7 +202,7 @@ __device__ void chunk_gradients(const SoftmaxScore& s, const SoftmaxScoreGradien
   T* grad_items = static_cast<T*>(g.grad_items) + chunk.first * s.dim;
   for (int first = own; first - own < dim; first += lanes * kWidth<T>) {
     const Piece<T> of_user = load_piece<T, kAligned>(row, first, dim);
-    Piece<T> total{};
+    float total[kEach] = {};
     for (int begin = warp * groups; begin < chunk.count; begin += of_pass * kTogether) {
       Piece<T> x[kTogether];
       float change[kTogether];
@@ -220,8 +220,8 @@ __device__ void chunk_gradients(const SoftmaxScore& s, const SoftmaxScoreGradien
         if (change[i] != 0) {
 #pragma unroll
           for (int d = 0; d < kWidth<T>; d++) {
-            total.x[d] = fmaf(x[i].x[d], change[i], total.x[d]);
-            of_item.x[d] = of_user.x[d] * change[i];
+            total[d] = fmaf(x[i][d], change[i], total[d]);
+            of_item.x[d] = from_float<T>(of_user[d] * change[i]);
           }
         }
         store_piece<T, kAligned>(grad_items + n * s.dim, first, dim, of_item);
@@ -230,25 +230,21 @@ __device__ void chunk_gradients(const SoftmaxScore& s, const SoftmaxScoreGradien
     // The groups' sums, and then the warps', always in the same order.
     for (int distance = 16; distance >= lanes; distance /= 2) {
 #pragma unroll
-      for (int d = 0; d < kWidth<T>; d++) total.x[d] += __shfl_xor_sync(~0u, total.x[d], distance);
+      for (int d = 0; d < kEach; d++) total[d] += __shfl_xor_sync(~0u, total[d], distance);
     }
-    if (lane < lanes) of_warps[warp][lane] = total;
+    if (lane < lanes) {
+#pragma unroll
+      for (int d = 0; d < kEach; d++) of_warps[warp][lane * kEach + d] = total[d];
+    }
     __syncthreads();
-    if (warp == 0 && lane < lanes) {
-      total = of_warps[0][lane];
-      for (int w = 1; w < kWarps; w++) {
-#pragma unroll
-        for (int d = 0; d < kWidth<T>; d++) total.x[d] += of_warps[w][lane].x[d];
-      }
+    const int d = first - own + threadIdx.x;
+    if (threadIdx.x < lanes * kEach && d < dim) {
+      float sum = 0;
+      for (int w = 0; w < kWarps; w++) sum += of_warps[w][threadIdx.x];
       if (chunk.whole) {
-        T* grad_user = static_cast<T*>(g.grad_users) + chunk.user * s.dim;
-        store_piece<T, kAligned>(grad_user, first, dim, total);
+        static_cast<T*>(g.grad_users)[chunk.user * s.dim + d] = from_float<T>(sum);
       } else {
-        float* partial = scratch.partial + blockIdx.x * s.dim;
-#pragma unroll
-        for (int d = 0; d < kWidth<T>; d++) {
-          if (first + d < dim) partial[first + d] = total.x[d];
-        }
+        scratch.partial[blockIdx.x * s.dim + d] = sum;
       }
     }
     __syncthreads();
@@ -257,7 +253,7 @@ __device__ void chunk_gradients(const SoftmaxScore& s, const SoftmaxScoreGradien
 
 // All gradients of users with one chunk; of those with several the sums that their gradients need.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     gradient_kernel(SoftmaxScore s, SoftmaxScoreGradient g, SoftmaxScoreScratch scratch, int lanes) {
   __shared__ float p[kChunk], memory[kWarps];
   const Chunk chunk(s);
@@ -297,7 +293,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // The gradients of users with several chunks; their own as parts, which `sum_kernel` adds.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     long_gradient_kernel(SoftmaxScore s, SoftmaxScoreGradient g, SoftmaxScoreScratch scratch, int lanes) {
   __shared__ float p[kChunk];
   const Chunk chunk(s);
@@ -321,7 +317,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The gradients of users with several chunks: the chunks' parts, in their order. A block a user.
 template <class T>
-__global__ void __launch_bounds__(kThreads) sum_kernel(SoftmaxScore s, T* grad_users, const float* partial) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    sum_kernel(SoftmaxScore s, T* grad_users, const float* partial) {
   for (int64_t user = blockIdx.x; user < s.users; user += gridDim.x) {
     const Range all = user_range(s.offsets, user, s.items);
     const int64_t chunks = (all.end - all.first + kChunk - 1) / kChunk;

@@ -1,4 +1,4 @@
-// Vectors read 16 bytes a lane and computed with in fp32.
+// Vectors read 16 bytes a lane.
 #pragma once
 
 #include "cuda/element.cuh"
@@ -10,8 +10,10 @@ template <class T>
 constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
 
 template <class T>
-struct Piece {
-  float x[kWidth<T>];
+struct alignas(16) Piece {
+  T x[kWidth<T>];
+
+  __device__ float operator[](int i) const { return to_float(x[i]); }
 };
 
 // Elements `first … first + kWidth` of a vector of `dim`, zeros beyond its end. kAligned: `dim` is a multiple
@@ -19,33 +21,27 @@ struct Piece {
 template <class T, bool kAligned>
 __device__ Piece<T> load_piece(const T* vector, int first, int dim) {
   Piece<T> piece;
-  alignas(16) T raw[kWidth<T>];
   if constexpr (kAligned) {
     uint4 bits = make_uint4(0, 0, 0, 0);
     if (first < dim) bits = __ldg(reinterpret_cast<const uint4*>(vector + first));
-    *reinterpret_cast<uint4*>(raw) = bits;
+    *reinterpret_cast<uint4*>(piece.x) = bits;
   } else {
 #pragma unroll
     for (int i = 0; i < kWidth<T>; i++) {
-      raw[i] = first + i < dim ? vector[first + i] : from_float<T>(0);
+      piece.x[i] = first + i < dim ? vector[first + i] : from_float<T>(0);
     }
   }
-#pragma unroll
-  for (int i = 0; i < kWidth<T>; i++) piece.x[i] = to_float(raw[i]);
   return piece;
 }
 
 template <class T, bool kAligned>
 __device__ void store_piece(T* vector, int first, int dim, const Piece<T>& piece) {
-  alignas(16) T raw[kWidth<T>];
-#pragma unroll
-  for (int i = 0; i < kWidth<T>; i++) raw[i] = from_float<T>(piece.x[i]);
   if constexpr (kAligned) {
-    if (first < dim) *reinterpret_cast<uint4*>(vector + first) = *reinterpret_cast<const uint4*>(raw);
+    if (first < dim) *reinterpret_cast<uint4*>(vector + first) = *reinterpret_cast<const uint4*>(piece.x);
   } else {
 #pragma unroll
     for (int i = 0; i < kWidth<T>; i++) {
-      if (first + i < dim) vector[first + i] = raw[i];
+      if (first + i < dim) vector[first + i] = piece.x[i];
     }
   }
 }

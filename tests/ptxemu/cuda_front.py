@@ -47,6 +47,7 @@ def _run(command):
     r = subprocess.run(command, capture_output=True, text=True)
     if r.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{r.stdout}{r.stderr}")
+    return r.stdout + r.stderr
 
 
 def _built(path, make):

@@ -1,0 +1,19 @@
+// The launch plans of csrc/cuda for tests/test_cuda_plans.py: numbers in, numbers out.
+#include "cuda/softmax_score.h"
+
+namespace cuda = attnrec::cuda;
+
+extern "C" void plan_softmax_score(int element, int64_t dim, int64_t users, int64_t items, int64_t row_stride,
+                                   int64_t address, bool backward, int64_t* out) {
+  cuda::SoftmaxScore problem;
+  problem.element = static_cast<cuda::Element>(element);
+  problem.dim = dim;
+  problem.users = users;
+  problem.items = items;
+  problem.user = {nullptr, dim, 0};
+  problem.item = {reinterpret_cast<const void*>(address), row_stride, 0};
+  const cuda::SoftmaxScorePlan plan = cuda::plan_softmax_score(problem, backward);
+  const int64_t values[] = {plan.chunks, plan.several, plan.aligned, plan.lanes,
+                            plan.parts,  plan.logits,  plan.partial};
+  for (int64_t value : values) *out++ = value;
+}

@@ -1,0 +1,74 @@
+"""How the CUDA C++ launchers divide their work: pure functions of shapes, asked without a GPU."""
+
+import ctypes
+import hashlib
+import os
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from ptxemu import project
+from ptxemu.cuda_front import CUDA_HOME, _built, _cache_dir, _run
+
+pytestmark = pytest.mark.skipif(project.why_not() is not None, reason=str(project.why_not()))
+SOURCE = Path(__file__).with_name("standalone") / "cuda_plans.cpp"
+FLOAT32, BFLOAT16, FLOAT16 = range(3)
+CHUNK = 1024
+
+
+@pytest.fixture(scope="module")
+def plans():
+    project.libraries()  # whose functions are called
+    command = ["g++", "-std=c++17", "-fPIC", "-shared", f"-I{project.CSRC}", f"-I{CUDA_HOME}/include"]
+    texts = [Path(x).read_bytes() for x in (SOURCE, *project.headers())]
+    tag = hashlib.sha256(repr((command, texts)).encode()).hexdigest()[:16]
+    path = os.path.join(_cache_dir(), f"cuda_plans_{tag}.so")
+    return ctypes.CDLL(_built(path, lambda out: _run([*command, str(SOURCE), "-o", out])))
+
+
+Plan = namedtuple("Plan", "chunks several aligned lanes parts logits partial")
+
+
+@pytest.fixture
+def softmax_score(plans):
+    def plan(element, dim, users, items, stride=None, address=0, backward=False):
+        out = (ctypes.c_int64 * len(Plan._fields))()
+        numbers = map(ctypes.c_int64, (dim, users, items, stride or dim, address))
+        plans.plan_softmax_score(element, *numbers, ctypes.c_bool(backward), out)
+        return Plan(*out)
+
+    return plan
+
+
+class TestSoftmaxScore:
+    @pytest.mark.parametrize(("users", "items"), [(1, 1), (3, 1024), (3, 1025), (1000, 5), (7, 1 << 33)])
+    def test_there_is_a_block_for_every_chunk(self, softmax_score, users, items):
+        """Of any batch of so many users and items: each user has at most one chunk that is not full."""
+        plan = softmax_score(FLOAT32, 16, users, items)
+        assert items // CHUNK + users <= plan.chunks <= -(-items // CHUNK) + users
+        assert plan.several == (items > CHUNK)
+
+    @pytest.mark.parametrize(
+        ("element", "dim", "lanes"),
+        [(FLOAT32, 1, 1), (FLOAT32, 64, 16), (FLOAT32, 1000, 32), (BFLOAT16, 64, 8), (FLOAT16, 65, 16)],
+    )
+    def test_lanes_of_an_item(self, softmax_score, element, dim, lanes):
+        """A power of two, 16 bytes each."""
+        assert softmax_score(element, dim, 1, 5).lanes == lanes
+
+    def test_vectors_are_read_whole_where_they_lie_so(self, softmax_score):
+        assert softmax_score(BFLOAT16, 64, 1, 5).aligned
+        assert softmax_score(BFLOAT16, 64, 1, 5, stride=72).aligned
+        assert not softmax_score(BFLOAT16, 60, 1, 5).aligned
+        assert not softmax_score(BFLOAT16, 64, 1, 5, stride=68).aligned
+        assert not softmax_score(BFLOAT16, 64, 1, 5, address=8).aligned
+        assert softmax_score(FLOAT32, 60, 1, 5).aligned
+
+    def test_scratch(self, softmax_score):
+        """Logits leave a block only where a user may have several chunks and they are not given."""
+        short = softmax_score(BFLOAT16, 64, 2, 1024, backward=True)
+        assert (short.parts, short.logits, short.partial) == (3 * short.chunks, 0, 0)
+        forward, backward = (softmax_score(BFLOAT16, 64, 2, 5000, backward=x) for x in (False, True))
+        assert (forward.logits, forward.partial) == (5000, 0)
+        assert (backward.logits, backward.partial) == (5000, backward.chunks * 64)
+        assert softmax_score(FLOAT32, 64, 2, 5000, backward=True).logits == 0

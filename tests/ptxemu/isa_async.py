@@ -49,9 +49,7 @@ def complete(S, m, allowed):
 @handles("cp")
 def cp_async(D, ins):
     mods = Mods(ins)
-    if not mods.flag("async"):
-        raise PtxError("unknown instruction", detail="cp." + ".".join(ins.mods))
-    if mods.flag("bulk", "mbarrier"):
+    if not mods.flag("async") or mods.flag("bulk", "mbarrier"):
         raise PtxError("unknown instruction", detail="cp." + ".".join(ins.mods))
     if mods.flag("commit_group"):
         mods.done()
@@ -128,13 +126,10 @@ def cp_async(D, ins):
 
 def translate_partial(S, a, n, size):
     """As `GlobalMemory.locate`; the copy's full size must be aligned, only n bytes must exist."""
-    if (a & U64(size - 1)).any():
-        raise Fault(
-            "misaligned access",
-            int(np.argmax(a & U64(size - 1) != 0)),
-            detail=f"cp.async of {size} bytes",
-            address=int(a[np.argmax(a & U64(size - 1) != 0)]),
-        )
+    wrong = a & U64(size - 1) != 0
+    if wrong.any():
+        lane = int(np.argmax(wrong))
+        raise Fault("misaligned access", lane, detail=f"cp.async of {size} bytes", address=int(a[lane]))
     if (n == size).all():
         return S.memory.locate(a, size)
     S.memory.translate(a + n.astype(U64) - U64(1), 1)

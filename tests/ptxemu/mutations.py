@@ -107,6 +107,11 @@ def _low_half(line):
     return m and f"{line} shl.b64 {m[1]}, {m[1]}, 32; shr.s64 {m[1]}, {m[1]}, 32;"
 
 
+def _argument(line):
+    """A scale or another fp32 argument, which `mutants` finds, is 1."""
+    return re.sub(r"ld\.param\.[bf]32(\s+%\w+), \[\w+\];", r"mov.b32\1, 0f3F800000;", line)
+
+
 KINDS = {
     "barrier removed": _replace(r"^\s*(bar\.sync|barrier\.sync)\b[^;]*;", ""),
     "wait removed": _replace(r"^\s*cp\.async\.wait_(group|all)\b[^;]*;", ""),
@@ -121,6 +126,7 @@ KINDS = {
     "load or store moved": _offset,
     "fragments swapped": _fragments,
     "32-bit address": _low_half,
+    "argument lost": _argument,
 }
 
 
@@ -128,11 +134,14 @@ def mutants(ptx, kernel):
     """Every mutant of the kernel in a PTX text."""
     lines = ptx.split("\n")
     first = next(i for i, line in enumerate(lines) if re.search(rf"\.entry\s+{re.escape(kernel)}\b", line))
+    floats = set(re.findall(r"\.param \.f32 (\w+)", ptx))
     found = []
     for i, line in enumerate(lines[first:], first):
         if re.match(r"\s*(//|\.|\$|\{|\}|$)", line) or "//" in line.split(";")[0]:
             continue
         for kind, change in KINDS.items():
+            if kind == "argument lost" and floats.isdisjoint(re.findall(r"\[(\w+)\]", line)):
+                continue
             new = change(line)
             if new is not None:
                 found.append(Mutant(kind, i + 1, line, new))

@@ -11,25 +11,14 @@ from dataclasses import dataclass, field
 from .errors import PtxError
 
 # bytes of each fundamental type (predicates have no size in memory)
-TYPE_BYTES = {
-    "b8": 1,
-    "u8": 1,
-    "s8": 1,
-    "b16": 2,
-    "u16": 2,
-    "s16": 2,
+TYPE_BYTES = {f"{kind}{bits}": bits // 8 for kind in "bus" for bits in (8, 16, 32, 64)}
+TYPE_BYTES |= {
     "f16": 2,
     "bf16": 2,
-    "b32": 4,
-    "u32": 4,
-    "s32": 4,
     "f32": 4,
     "f16x2": 4,
     "bf16x2": 4,
     "tf32": 4,
-    "b64": 8,
-    "u64": 8,
-    "s64": 8,
     "f64": 8,
     "b128": 16,
     "pred": 1,

@@ -3,10 +3,6 @@
 import numpy as np
 
 
-def _u32(f):
-    return lambda S: f(S).astype(np.uint32)
-
-
 def _axis(i):
     def tid(S):
         bx, by, _ = S.launch.block

@@ -2,27 +2,10 @@
 
 import numpy as np
 from ptxemu import launch_ptx
+from ptxemu.parser import TYPE_BYTES
 
-REG = {
-    "u16": "b16",
-    "s16": "b16",
-    "f16": "b16",
-    "bf16": "b16",
-    "b16": "b16",
-    "u32": "b32",
-    "s32": "b32",
-    "b32": "b32",
-    "f32": "b32",
-    "f16x2": "b32",
-    "bf16x2": "b32",
-    "u64": "b64",
-    "s64": "b64",
-    "b64": "b64",
-    "f64": "b64",
-    "u8": "b16",
-    "s8": "b16",
-}
-SIZE = {"b8": 1, "b16": 2, "b32": 4, "b64": 8}
+# The register that holds a type: none is of 8 bits.
+REG = {name: f"b{max(16, 8 * size)}" for name, size in TYPE_BYTES.items()}
 
 
 def run_body(body, inputs, outputs, n=None, extra="", **options):

@@ -1,19 +1,22 @@
-"""The contract suite's own checks catch faults that are planted in the compiled PTX of the project's kernels.
+"""The contract suite's own check catches faults planted in the compiled PTX of the project's kernels.
 
-For each kernel and kind of fault, some of the faults that can be planted in lines that run: each is caught,
-by the emulator or by the comparison with the reference, or no result changes (Triton emits waits that others
-cover, and guards that are true). The mutation command (mutate.py) does it at large.
+In each pass, forward and backward, of each op and for each kind of fault: some that can be planted in
+lines of its kernels that run. Each is caught, by the emulator or by the comparison with the reference, or no
+result changes (Triton emits waits that others cover, and guards that are true), and of each kind some are
+caught. ATTNREC_TEST_FULL=1 plants more; the mutation command (mutate.py) does it at large.
 """
 
+import json
 import mmap
 import os
 import random
-import re
+from functools import partial
+from pathlib import Path
 
 import helpers
 import pytest
 import torch
-from helpers import assert_matches_reference, make_jagged, make_offsets, outputs_and_grads
+from helpers import OPTIONS, assert_matches_reference, make_jagged, make_offsets, outputs_and_grads
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -23,47 +26,83 @@ from ptxemu import PtxError, session
 from ptxemu.mutations import mutants
 
 import attnrec
-from attnrec import kernels
 
 BF16 = torch.bfloat16
+FULL = os.environ.get("ATTNREC_TEST_FULL") == "1"
+MOST = 12  # faults of a kind in a kernel; unless FULL until one is caught
 
 
-def attention(differentiate=(), **changes):
-    batch = make_jagged([70, 0, 9], [129, 17, 257], **{"heads": 2, "dim": 64, "dtype": BF16, **changes})
-    return lambda: assert_matches_reference(
-        "target_attention", *batch.args, differentiate=differentiate, **batch.options
-    )
+def below_zero(rows, *events):
+    """Scores of all pairs far below 0, where what is masked has 0: one pair too many outweighs all."""
+    for x, value in zip((rows, *events), (6.0, *[-6.0] * len(events)), strict=True):
+        x[..., 0] = value
 
 
-def catalog(name, *args, differentiate=(), rows=40, items=700, dim=64, **options):
+def far_apart(x):
+    """The same rows further from the first than 32 bits can say, in memory that takes no room where it is not
+    touched."""
+    rows, *others = x.shape
+    distance = (5 << 29) // rows // 8 * 8
+    size = (rows - 1) * distance + x[0].numel()
+    untouched = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, by name from Python 3.13 on
+    memory = mmap.mmap(-1, x.itemsize * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | untouched)
+    strides = distance, *x[0].contiguous().stride()
+    return torch.frombuffer(memory, dtype=x.dtype).as_strided((rows, *others), strides).copy_(x)
+
+
+def attention(name, *args, differentiate=(), far=False, **changes):
+    batch = make_jagged([17, 0, 9], [70, 17, 100], **{"heads": 2, "dtype": BF16, **changes})
+    below_zero(batch.query, batch.key, *([] if batch.self_key is None else [batch.self_key]))
+    if far:
+        batch = batch.with_(key=far_apart(batch.key), value=far_apart(batch.value))
+    weights = name != "target_attention"
+    args = [*(batch.weights_args if weights else batch.args), *args]
+    options = batch.weights_options if weights else batch.options
+    return partial(assert_matches_reference, name, *args, differentiate=differentiate, **options)
+
+
+def catalog(name, *args, rows=20, items=300, dim=64, differentiate=(), far=False, **options):
     generator = torch.Generator().manual_seed(0)
-    dtype = torch.float32 if name == "softmax_score" else BF16  # of products by matrix instructions
-    users, table = (torch.randn(n, dim, generator=generator).to(dtype) for n in (rows, items))
+    users, table = (torch.randn(n, dim, generator=generator).to(BF16) for n in (rows, items))
+    below_zero(users, table)
     target = torch.randint(0, items, (rows,), generator=generator)
+    args = [target if x == "ids" else x for x in args]
+    options = {key: target if x == "ids" else x for key, x in options.items()}
     # Probabilities neither of one size, where rows could be swapped, nor so different that the small ones
     # would not matter.
-    options |= {"temperature": 8.0 if name == "softmax_score" else 3.0}
-    if name == "softmax_score":
-        users, args = users[:4], [make_offsets([300, 0, 7, 393])]
-    elif name == "catalog_cross_entropy":
-        args = [target]
-    return lambda: assert_matches_reference(name, users, table, *args, differentiate=differentiate, **options)
+    options |= {"temperature": 3.0, "differentiate": differentiate}
+    table = far_apart(table) if far else table
+    return partial(assert_matches_reference, name, users, table, *args, **options)
 
 
-CASES = {  # name -> (op that has to be there, what runs and checks it)
-    "target_attention": ("target_attention", attention()),
-    "target_attention, options": (
-        "target_attention",
-        attention(options=("visible", "self", "key_bias", "kv_lengths"), kv_heads=1, dtype=torch.float16),
+CANDIDATES = make_offsets([120, 0, 7, 173])
+CASES = {  # name -> (makes a case, with what), each op forward and backward
+    "target_attention": (attention, "target_attention", {"options": OPTIONS, "dim": 64, "kv_heads": 1}),
+    "target_attention_backward": (
+        attention, "target_attention", {"options": OPTIONS, "dim": 32, "kv_heads": 1, "differentiate": (0, 1)}
     ),
-    "target_attention_backward": ("target_attention_backward", attention((0, 1))),
-    "softmax_score": ("softmax_score", catalog("softmax_score", differentiate=(0,))),
-    "catalog_topk": ("catalog_topk", catalog("catalog_topk", 20)),
-    "catalog_cross_entropy": (
-        "catalog_cross_entropy_backward",
-        catalog("catalog_cross_entropy", differentiate=(0,)),
+    "target_attention_weights": (attention, "target_attention_weights", {"dim": 32, "options": ["key_bias"]}),
+    "target_attention_top": (attention, "target_attention_top", 10, {"dim": 32}),
+    "softmax_score": (catalog, "softmax_score", CANDIDATES, {"rows": 4}),
+    "softmax_score_backward": (catalog, "softmax_score", CANDIDATES, {"rows": 4, "differentiate": (0,)}),
+    "catalog_topk": (catalog, "catalog_topk", 5, {"rows": 3, "items": 2500, "dim": 32}),
+    "catalog_cross_entropy": (catalog, "catalog_cross_entropy", "ids", {}),
+    "catalog_cross_entropy_backward": (catalog, "catalog_cross_entropy", "ids", {"differentiate": (0,)}),
+    "catalog_cross_entropy_backward, negatives": (
+        catalog, "catalog_cross_entropy", "ids", {"negatives": "ids", "in_batch": True, "differentiate": (0,)}
     ),
-}
+}  # fmt: skip
+OF_FORWARD = {"_forward", "_log_sums", "_losses", "_score", "_weigh"}
+
+
+def check_of(case, **changes):
+    make, *args, options = CASES[case]
+    return make(*args, **{**options, **changes})
+
+
+def kernels_of(case, launches):
+    """The names of the kernels of the case's own pass."""
+    return sorted(set(launches.forms.values()) - (OF_FORWARD if "backward" in case else set()))
 
 
 class Launches:
@@ -97,13 +136,15 @@ class Launches:
 
 @pytest.fixture
 def emulator(monkeypatch):
-    """run(check, edit) -> (what caught it or None, Launches)."""
+    """run(check, edit) -> (what caught it or None, Launches). Each launch in lockstep only: that is the quick
+    part, and what it catches the whole catches too."""
 
     def run(check, edit=None):
         launches = Launches()
         monkeypatch.setattr(session, "observe", launches)
         monkeypatch.setattr(helpers, "outputs_and_grads", launches.keep)
         monkeypatch.setattr(session, "edit", edit)
+        monkeypatch.setattr(session, "MOST", 0)
         monkeypatch.setattr(session, "max_steps", 100_000)
         with session.session(), attnrec.use_backend("triton"):
             try:
@@ -115,29 +156,16 @@ def emulator(monkeypatch):
     return run
 
 
-def needs(op):
-    if op not in kernels.MODULES:
-        pytest.skip(f"there is no Triton kernel of {op}")
-
-
-def planted(kind, launches, count):
-    """Some faults of a kind in lines that run, of all kernels of the case."""
+def planted(kind, launches, kernel):
+    """Some faults of a kind in lines of the kernel that run."""
     found = [
         (ptx, mutant)
         for ptx, name in launches.forms.items()
+        if name == kernel
         for mutant in mutants(ptx, name)
         if mutant.kind == kind and mutant.line in launches.lines[ptx]
     ]
-    return random.Random(0).sample(found, min(count, len(found)))
-
-
-def all_of(kind, name, ptx, where=lambda line: True):
-    """The PTX with every fault of a kind planted in the kernel's lines that `where` says."""
-    lines = ptx.split("\n")
-    for mutant in mutants(ptx, name):
-        if mutant.kind == kind and where(mutant.old):
-            lines[mutant.line - 1] = mutant.new
-    return "\n".join(lines)
+    return random.Random(0).sample(found, min(MOST, len(found)))
 
 
 FAULTS = (
@@ -148,95 +176,64 @@ FAULTS = (
     "bound off by one",
     "guard lost",
     "selection swapped",
+    "argument lost",
 )
+
+
+def edited(wanted, change):
+    """What gives `change(ptx)` for the PTX `wanted`, and others as they are."""
+    return lambda name, ptx: change(ptx) if ptx == wanted else ptx
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_planted_faults_are_caught(case, emulator):
-    op, check = CASES[case]
-    needs(op)
+    check = check_of(case)
     caught, intact = emulator(check)
     assert caught is None
     for kind in FAULTS:
-        for ptx, mutant in planted(kind, intact, 2):
-            caught, launches = emulator(check, lambda _, text: mutant.plant(text) if text == ptx else text)  # noqa: B023
-            assert caught or launches.alike(intact), f"not noticed: {mutant}"
+        by_what = []
+        for kernel in kernels_of(case, intact):
+            for ptx, mutant in planted(kind, intact, kernel):
+                caught, launches = emulator(check, edited(ptx, mutant.plant))
+                assert caught or launches.alike(intact), f"not noticed in {kernel}: {mutant}"
+                by_what.append(caught)
+                if any(by_what) and not FULL:  # this one, or one of this kernel and one of another
+                    break
+        assert any(by_what) or not by_what, f"{kind}: none of {len(by_what)} is noticed"
 
 
-@pytest.mark.parametrize(
-    ("kind", "caught"),
-    [
-        ("barrier removed", {"race", "never written"}),
-        ("wait removed", {"never written"}),
-        ("load or store moved", {"out of bounds", "misaligned access", "never written", "wrong result"}),
-        ("fragments swapped", {"wrong result"}),
-        ("bound off by one", {"out of bounds", "never written", "step limit", "wrong result"}),
-        ("comparison inverted", {"out of bounds", "never written", "step limit", "wrong result"}),
-        ("guard lost", {"out of bounds", "race", "wrong result"}),
-        ("selection swapped", {"out of bounds", "never written", "step limit", "wrong result"}),
-    ],
-)
-def test_all_faults_of_a_kind(kind, caught, emulator):
-    check = CASES["target_attention"][1]
-    needs("target_attention")
-    _, intact = emulator(check)
-
-    def faulty(name, ptx):
-        return all_of(kind, name, ptx)
-
-    assert any(faulty(name, ptx) != ptx for ptx, name in intact.forms.items())
-    assert emulator(check, faulty)[0] in caught
+FAR = {case: {} for case in CASES if "negatives" not in case}
+FAR |= {case: {"options": ()} for case in FAR if case.startswith("target_attention")}
+FAR["catalog_topk"] = {"items": 300}
 
 
-def test_lost_scale(emulator):
-    """The scale is the forward kernel's only fp32 argument; 1 in its place."""
-    needs("target_attention")
-
-    def without_scale(name, ptx):
-        scale = re.findall(r"\.param \.(?:f32|b32) (\w+)", ptx)
-        return re.sub(rf"ld\.param\.[bf]32(\s+%\w+), \[({'|'.join(scale)})\];", keep_or_one, ptx)
-
-    def keep_or_one(match):
-        return f"mov.b32{match[1]}, 0f3F800000;" if match[2] == factor else match[0]
-
-    _, intact = emulator(CASES["target_attention"][1])
-    for ptx in intact.forms:
-        factors = re.findall(r"\.param \.f32 (\w+)", ptx)
-        assert len(factors) <= 1
-        factor = factors[0] if factors else None
-    assert factor
-    caught, _ = emulator(CASES["target_attention"][1], without_scale)
-    assert caught == "wrong result"
-
-
-def far_apart(rows, dim, distance):
-    """Rows that lie `distance` elements apart, in memory that takes no room where it is not touched."""
-
-    size = (rows - 1) * distance + dim
-    untouched = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's, by name from Python 3.13 on
-    memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | untouched)
-    return torch.frombuffer(memory, dtype=BF16).as_strided((rows, 1, dim), (distance, dim, 1))
-
-
-def test_addresses_of_32_bits(emulator):
-    """Events that lie further from the first than 32 bits can say; then the products of addresses cut."""
-    needs("target_attention")
-    batch = make_jagged([5], [80], heads=1, dim=64, dtype=BF16)
-    key, value = (far_apart(80, 64, 1 << 25).copy_(x) for x in (batch.key, batch.value))
-    options = {"scale": 64**-0.5}
-
-    def check():
-        got, _ = attnrec.target_attention(
-            batch.query, key, value, *batch.args[3:], return_lse=True, **options
-        )
-        want, _ = attnrec.reference.target_attention(*batch.args, **options)
-        torch.testing.assert_close(got.float(), want.float(), atol=0.02, rtol=0.02)
-
+@pytest.mark.parametrize("case", FAR)
+def test_addresses_of_32_bits(case, emulator):
+    """Events and items that lie further from the first than 32 bits can say; then all products of addresses
+    cut, in one kernel at a time."""
+    check = check_of(case, far=True, **FAR[case])
     caught, intact = emulator(check)
     assert caught is None
+    by_what = []
+    for kernel in kernels_of(case, intact):
 
-    def of_32_bits(name, ptx):
-        return all_of("32-bit address", name, ptx, lambda line: line.lstrip().startswith("mul.lo.s64"))
+        def cut(name, ptx, kernel=kernel):
+            lines = ptx.split("\n")
+            for mutant in mutants(ptx, name) if name == kernel else ():
+                if mutant.kind == "32-bit address":
+                    lines[mutant.line - 1] = mutant.new
+            return "\n".join(lines)
 
-    assert any(of_32_bits(name, ptx) != ptx for ptx, name in intact.forms.items())
-    assert emulator(check, of_32_bits)[0] in ("out of bounds", "wrong result")
+        caught, launches = emulator(check, cut)
+        assert caught or launches.alike(intact), f"not noticed in {kernel}"
+        by_what.append(caught)
+    assert {"out of bounds", "wrong result"} & set(by_what)
+
+
+def test_the_list_of_equivalent_faults_names_lines_that_exist():
+    root = Path(__file__).resolve().parents[3]
+    for group in json.loads((root / "tests/ptxemu/equivalent.json").read_text()):
+        for file, _, text in (
+            entry["source"].partition(": ") for entry in group["mutants"] if "source" in entry
+        ):
+            assert text in map(str.strip, (root / "kernels" / file).read_text().splitlines()), (file, text)

@@ -18,7 +18,7 @@ OP_TESTS := $(wildcard $(foreach op,target_attention softmax_score catalog,tests
 # What else says something of the Triton kernels.
 GPU_TESTS := $(OP_TESTS) $(addprefix tests/,test_op_registration.py test_checks.py test_functional.py test_compile.py test_kernels_memory.py)
 
-.PHONY: help env build test tiers test-triton test-emulated test-gpu aot lint sanitize aarch64 demo bench clean
+.PHONY: help env build test tiers test-triton test-emulated test-gpu aot lint sanitize amx aarch64 demo bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -100,6 +100,22 @@ sanitize: env ## the ops' tests on kernels built with address and undefined-beha
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 ATTNREC_EXPECT_SANITIZED=1 \
 	  ATTNREC_TEST_EXAMPLES=5 PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -p no:cacheprovider $(OP_TESTS)
+
+# AMX's tier on a processor without it: its vectors are the processor's own, its tile instructions a stand-in's.
+EMULATED_AMX := build/amx/lib
+build/amx/tiles: tests/standalone/tiles.cpp $(wildcard csrc/cpu/tiers/*.h)
+	@mkdir -p build/amx
+	$(CXX) -std=c++20 -O2 -ffp-contract=off -Wall -Werror -Wno-psabi -Icsrc $< -o $@
+
+amx: env build/amx/tiles ## the ops' tests on the AMX tier, its tile instructions emulated (needs AVX512_BF16)
+	@echo "== AMX, emulated: compiling"
+	ATTNREC_AMX=emulated ATTNREC_CUDA=off $(BIN)/python setup.py -q build --build-base build/amx --build-lib $(EMULATED_AMX)
+	@echo "== AMX, emulated: tests of the stand-in, and the ops'"
+	build/amx/tiles
+	@if PYTHONPATH=$(EMULATED_AMX) $(BIN)/python -P -c 'from attnrec._extension import extension as e; exit("amx_bf16" not in e.tiers_available())'; then \
+	  ATTNREC_CPU_TIER=amx_bf16 ATTNREC_EXPECT_EMULATED_AMX=1 ATTNREC_TEST_EXAMPLES=5 PYTHONPATH=$(EMULATED_AMX) \
+	    $(BIN)/pytest -q -p no:cacheprovider $(OP_TESTS); \
+	else echo "compiled; not run: beside tiles the tier needs AVX512_BF16, which this processor lacks"; fi
 
 # All of csrc/cpu for another architecture, where no tier with intrinsics exists; torch's headers are the same there.
 CXX_AARCH64   ?= aarch64-linux-gnu-g++

@@ -36,6 +36,9 @@ SANITIZE_FLAGS = (
     "-fno-sanitize-recover=undefined",
 )
 
+# For tests: the AMX tier over a stand-in for its tile instructions, where the processor has none.
+EMULATE_AMX_FLAG = "-DATTNREC_AMX_EMULATED"
+
 
 class BuildError(RuntimeError):
     """The build was asked for something that this machine or this source tree cannot give."""
@@ -132,6 +135,9 @@ def make_plan(
     home = cuda_home(environ, nvcc)
     why_no_cuda = decide_cuda(environ.get("ATTNREC_CUDA", "auto"), torch_cuda, home, cuda_sources)
     sanitize = environ.get("ATTNREC_SANITIZE", "0") == "1"
+    amx = environ.get("ATTNREC_AMX", "native")
+    if amx not in ("native", "emulated"):
+        raise BuildError(f"ATTNREC_AMX is {amx!r}; it must be native or emulated")
     target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
     settings = {}
     if "MAX_JOBS" not in environ:
@@ -143,7 +149,12 @@ def make_plan(
     return Plan(
         sources=find("csrc/*.cpp", "csrc/cpu/**/*.cpp") + ([] if why_no_cuda else cuda_sources),
         depends=find("csrc/**/*.h", "csrc/**/*.cuh"),
-        cxx_flags=[*CXX_FLAGS, *(SANITIZE_FLAGS if sanitize else ()), target],
+        cxx_flags=[
+            *CXX_FLAGS,
+            *(SANITIZE_FLAGS if sanitize else ()),
+            *((EMULATE_AMX_FLAG,) if amx == "emulated" else ()),
+            target,
+        ],
         nvcc_flags=["-O3", target],
         link_flags=["-fsanitize=address,undefined"] if sanitize else [],
         cuda=None if why_no_cuda else torch_cuda,

@@ -37,10 +37,13 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one")
     if RUNNER.device == "cuda" and not torch.cuda.is_available():
         pytest.exit("ATTNREC_TEST_RUNNER=device, and there is no GPU that torch can use", returncode=2)
-    if os.environ.get("ATTNREC_EXPECT_SANITIZED") == "1":
-        flags = extension.build["flags"] if extension else reason
-        if "-fsanitize=address" not in flags:
-            pytest.exit(f"attnrec in {attnrec.__file__} is not built with sanitizers: {flags}", returncode=2)
+    flags = extension.build["flags"] if extension else reason
+    for variable, flag, what in (
+        ("ATTNREC_EXPECT_SANITIZED", "-fsanitize=address", "with sanitizers"),
+        ("ATTNREC_EXPECT_EMULATED_AMX", "-DATTNREC_AMX_EMULATED", "with emulated tile instructions"),
+    ):
+        if os.environ.get(variable) == "1" and flag not in flags:
+            pytest.exit(f"attnrec in {attnrec.__file__} is not built {what}: {flags}", returncode=2)
 
 
 def pytest_sessionstart(session):

@@ -17,12 +17,13 @@ from attnrec.ops.backends import BACKENDS
 
 ROOT = PACKAGE.parent
 needs_extension = pytest.mark.skipif(extension is None, reason="attnrec._C is not built")
-TIERS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+TIERS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"]
 CPUINFO_FLAGS = {
     "baseline": set(),
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx512_bf16": {"avx512_bf16"},
+    "amx_bf16": {"amx_tile", "amx_bf16"},
 }
 
 

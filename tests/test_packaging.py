@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +84,26 @@ class TestPlan:
         found = plan.make_plan(tree, {"ATTNREC_SANITIZE": "1"})
         assert "-fsanitize=address,undefined" in found.cxx_flags
         assert "-fsanitize=address,undefined" in found.link_flags
+
+    def test_tiles_are_emulated_only_on_request(self, tree):
+        assert plan.EMULATE_AMX_FLAG not in plan.make_plan(tree, {}).cxx_flags
+        assert plan.EMULATE_AMX_FLAG in plan.make_plan(tree, {"ATTNREC_AMX": "emulated"}).cxx_flags
+        with pytest.raises(plan.BuildError, match="ATTNREC_AMX is 'on'; it must be native or emulated"):
+            plan.make_plan(tree, {"ATTNREC_AMX": "on"})
+
+
+def test_tile_instructions_are_in_their_tier_and_nowhere_else():
+    """Elsewhere they would end the process on a processor without AMX."""
+    objects = sorted((ROOT / "build" / "objects" / "csrc").rglob("*.o"))
+    if not objects or shutil.which("objdump") is None or platform.machine() != "x86_64":
+        pytest.skip("needs objdump and the objects of an x86-64 build in this source tree")
+    found = {}
+    for path in objects:
+        code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True)
+        assert code.returncode == 0, code.stderr
+        found[path.stem] = set(re.findall(r"\t(ldtilecfg|tile[a-z0-9]+|tdp[a-z0-9]+)\s", code.stdout))
+    names = {"ldtilecfg", "tilerelease", "tilezero", "tileloadd", "tilestored", "tdpbf16ps"}
+    assert {stem: using for stem, using in found.items() if using} == {"amx_bf16": names}
 
 
 class TestCuda:

@@ -158,8 +158,9 @@ class TestNaN:
         for x, y in zip(attend(batch.with_(key=key, value=value)), clean, strict=True):
             assert torch.equal(x, y)
 
-    def test_of_an_event_that_other_rows_see(self, device):
-        batch = make_jagged([24], [40], dim=16)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_of_an_event_that_other_rows_see(self, device, dtype):
+        batch = make_jagged([24], [40], dim=16, dtype=dtype)
         visible = torch.tensor([10, 40, 20] * 8)
         key, value = batch.key.clone(), batch.value.clone()
         key[25], value[30] = NAN, NAN

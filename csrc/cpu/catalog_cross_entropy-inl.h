@@ -92,7 +92,7 @@ int64_t catalog_cross_entropy_unit(const Attention& a, const Unit& unit, void* m
   return with_products<V>(a.element, [&](auto products) {
     using Products = decltype(products);
     Arena arena(memory);
-    StreamScratch<V, Products> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+    StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
     CrossEntropyReadout<V, Products> readout(arena, unit, rows, parts);
     if (!memory) return arena.used();
     readout.begin();
@@ -125,7 +125,7 @@ struct CrossEntropyGradientReadout {
   using Real = typename V::Real;
   static constexpr int W = V::kWidth;
   // Rows whose d are held before they are multiplied into the table's: its sums move so much less often.
-  static constexpr int kHeldRows = 64 / V::kRows * V::kRows;
+  static constexpr int kHeldRows = kRowsHeld / Products::kRows * Products::kRows;
 
   CrossEntropyGradientReadout(Arena& arena, const Attention& attention, const Unit& u, int span,
                               const CrossEntropyRows& of_rows, const CrossEntropyGradient& to)
@@ -226,9 +226,9 @@ struct CrossEntropyGradientReadout {
     for (int begin = 0; begin < packed; begin += kKeys) {
       const Real* d = held + int64_t{begin} * kHeldRows;
       const int events = static_cast<int>(least(kKeys, packed - begin));
-      for (int i = 0; i < events; i += V::kRows) {
-        Products::template sum_rows<true>(static_cast<int>(least(V::kRows, events - i)), d + i, user_rows, 0,
-                                          count, width, item_sums + int64_t{begin + i} * width);
+      for (int i = 0; i < events; i += Products::kRows) {
+        Products::template sum_rows<true>(static_cast<int>(least(Products::kRows, events - i)), d + i,
+                                          user_rows, 0, count, width, item_sums + int64_t{begin + i} * width);
       }
     }
   }
@@ -281,7 +281,7 @@ int64_t catalog_cross_entropy_backward_unit(const Attention& a, const Unit& unit
                                             const CrossEntropyGradient& gradient) {
   return with_products<V>(a.element, [&](auto products) {
     using Products = decltype(products);
-    const int span = packed_events<V>(unit.rows, a.head_dim);
+    const int span = packed_events<V, Products>(unit.rows, a.head_dim);
     Arena arena(memory);
     StreamScratch<V, Products> scratch(arena, span, a.head_dim);
     CrossEntropyGradientReadout<V, Products> readout(arena, a, unit, span, rows, gradient);

@@ -98,10 +98,11 @@ struct TopkReadout {
 template <class V>
 int64_t catalog_topk_unit(const Attention& a, const Unit& unit, void* memory, const TopkOptions& options,
                           const TopkParts& parts) {
-  const int span = packed_events<V>(unit.rows, a.head_dim);
   return with_products<V>(a.element, [&](auto products) {
+    using Products = decltype(products);
+    const int span = packed_events<V, Products>(unit.rows, a.head_dim);
     Arena arena(memory);
-    StreamScratch<V, decltype(products)> scratch(arena, span, a.head_dim);
+    StreamScratch<V, Products> scratch(arena, span, a.head_dim);
     TopkReadout<V> readout(arena, a, unit, span, options);
     if (!memory) return arena.used();
     readout.begin();
@@ -144,8 +145,7 @@ int64_t catalog_topk_rescore(const Attention& a, void* memory, const TopkOptions
         hidden |= scratch.bias[i] == -std::numeric_limits<Real>::infinity();
       }
       Products::pack_keys(rows, a.element, a.head_dim, n, a.head_dim, nullptr, scratch.panels);
-      attnrec::cpu::scores<V, Products>(1, scratch.rows, scratch.panels, (n + W - 1) / W, a.head_dim, Real{1},
-                                        scratch.scores);
+      Products::scores(1, scratch.rows, scratch.panels, (n + W - 1) / W, a.head_dim, Real{1}, scratch.scores);
       finish_logits<V>(options.temperature, options.bias ? scratch.bias : nullptr, hidden, n, scratch.scores);
       for (int i = 0; i < n; i++) scores[first + i] = scratch.scores[i];
     }

@@ -8,7 +8,7 @@ namespace attnrec::cpu {
 namespace {
 
 template <class V>
-struct Pairs {
+struct Pairs : RegisterBlock<V> {
   using Real = typename V::Real;
   using Item = uint32_t;  // elements 2i and 2i + 1
   static constexpr int W = V::kWidth;
@@ -28,11 +28,15 @@ struct Pairs {
 
   static int depth(int head_dim) { return (head_dim + 1) / 2; }
 
-  // As `pack_panels`: panel[pair of d][event].
   static void pack_keys(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide,
                         Item* panels) {
+    pack_panels_of(depth(head_dim), data, stride, n, head_dim, hide, panels);
+  }
+
+  // As `pack_panels`: panel[pair of d][event], with zeros for pairs beyond the head dim.
+  static void pack_panels_of(int pairs, const void* data, int64_t stride, int n, int head_dim,
+                             const Real* hide, Item* panels) {
     const auto* from = static_cast<const BFloat16*>(data);
-    const int pairs = depth(head_dim);
     for (int event = 0; event < round_up(n, 2 * W); event += W) {
       Item* to = panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * pairs + event % (2 * W);
       for (int p = 0; p < pairs; p += W) {
@@ -49,6 +53,11 @@ struct Pairs {
     }
   }
 
+  ATTNREC_INLINE void scores(int rows, const Item* block, const Item* panels, int registers, int head_dim,
+                             Real factor, Real* to) {
+    attnrec::cpu::scores<V, Pairs>(rows, block, panels, registers, head_dim, factor, to);
+  }
+
   // A register of a row's items from the i-th on. The scale comes in with `scaled`.
   ATTNREC_INLINE typename V::Reg load_part(const void* data, Element, int i, int head_dim, Real) {
     return V::load_pairs(static_cast<const BFloat16*>(data) + 2 * i, head_dim - 2 * i);
@@ -63,11 +72,11 @@ struct Pairs {
 
   // Values of packed events, values[pair of events][d], and by tile whether all of them are finite.
   struct Values {
-    Values(Arena& arena, int span, int head_dim)
+    Values(Arena& arena, int span, int head_dim, int rows = V::kRows)
         : width(padded<V>(head_dim)),
           items(arena.take<Item>(static_cast<int64_t>(span / 2) * width)),
           finite(arena.take<bool>(span / kKeys)),
-          weights(arena.take<Item>(V::kRows * (kKeys / 2))) {}
+          weights(arena.take<Item>(rows * (kKeys / 2))) {}
 
     void pack(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide, bool) {
       const auto* from = static_cast<const BFloat16*>(data);
@@ -142,7 +151,7 @@ struct Pairs {
       Real *a = rows + int64_t{r} * width, *b = a + width;
       for (int d = 0; d < width; d += W) {
         const typename V::Reg second = r + 1 < count ? V::load(b + d) : V::zero();
-        V::store_pairs(items(a + d), V::pair(V::load(a + d), second));
+        V::store_pairs(as_items(a + d), V::pair(V::load(a + d), second));
       }
     }
   }
@@ -151,8 +160,9 @@ struct Pairs {
   static void sum_rows(int events, const Real* weights, const Real* rows, int first, int last, int width,
                        Real* to) {
     const int from = first / 2 * 2;
-    sum<kApart>(events, items(weights + from * kKeys), 1, 2 * kKeys, items(rows + int64_t{from} * width),
-                int64_t{2} * width, (last - from + 1) / 2, width, to, int64_t{width});
+    sum<kApart>(events, as_items(weights + from * kKeys), 1, 2 * kKeys,
+                as_items(rows + int64_t{from} * width), int64_t{2} * width, (last - from + 1) / 2, width, to,
+                int64_t{width});
   }
 
   static void sum_seen_rows(const int* seen, int event, const Real* weights, const Real* rows, int first,
@@ -160,31 +170,22 @@ struct Pairs {
     for (int r = first / 2 * 2; r < last; r += 2) {
       const bool both[] = {seen[r] > event, r + 1 < last && seen[r + 1] > event};
       if (!both[0] && !both[1]) continue;
-      const Item* pair = items(rows + int64_t{r} * width);
+      const Item* pair = as_items(rows + int64_t{r} * width);
       Item seen_ones[kMostHeadDim];
       for (int d = 0; d < width; d++)
         seen_ones[d] = pair[d] & ((both[0] ? kFirst : 0) | (both[1] ? kSecond : 0));
-      sum<false>(1, items(weights + r * kKeys), 0, 0, seen_ones, int64_t{width}, 1, width, to,
+      sum<false>(1, as_items(weights + r * kKeys), 0, 0, seen_ones, int64_t{width}, 1, width, to,
                  int64_t{width});
     }
   }
 
- private:
-  static Item* items(Real* numbers) { return reinterpret_cast<Item*>(numbers); }
-  static const Item* items(const Real* numbers) { return reinterpret_cast<const Item*>(numbers); }
+ protected:
+  static Item* as_items(Real* numbers) { return reinterpret_cast<Item*>(numbers); }
+  static const Item* as_items(const Real* numbers) { return reinterpret_cast<const Item*>(numbers); }
   static bool hidden(const Real* hide, int event) {
     return hide && hide[event] == -std::numeric_limits<float>::infinity();
   }
 };
-
-// Calls function(a Numbers or Pairs), whichever serves tensors of `element` best.
-template <class V, class Function>
-ATTNREC_INLINE auto with_products(Element element, Function&& function) {
-  if constexpr (V::kPairs) {
-    if (element == Element::kBFloat16) return function(Pairs<V>());
-  }
-  return function(Numbers<V>());
-}
 
 }  // namespace
 }  // namespace attnrec::cpu

@@ -10,6 +10,7 @@ constexpr int kMostHeadDim = 256;
 constexpr int kKeys = 128;           // events of a tile: rows x kKeys scores stay in L1
 constexpr int kPrefetchEvents = 32;  // ahead of packing; 4.5 -> 3.8 ms on 256 users with one candidate each
 constexpr int kChain = 64;           // products of a score in one chain
+constexpr int kRowsHeld = 64;        // at most, before their weights are multiplied into what events get
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -145,9 +146,20 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
 }
 
 // How a tier multiplies: `Item` is what packed keys, query rows, weights and values are made of in the two
-// products. `Numbers` takes every element as a working number, `Pairs` (pairs-inl.h) two bf16 ones at once.
+// products, and up to `kRows` rows are a block. `Numbers` takes every element as a working number, `Pairs`
+// (pairs-inl.h) two bf16 ones at once, `Tiles` (tiles-inl.h) the same by whole tiles.
 template <class V>
 struct Numbers;
+
+// A block of rows as products in vector registers read it: [chain][r][kChain items], at strides that the
+// compiler knows. (Interleaved, [d][r], it took 14 % of a small call to make.)
+template <class V>
+struct RegisterBlock {
+  static constexpr int kRows = V::kRows;
+
+  static int64_t items(int depth) { return kRows * round_up(depth, kChain); }
+  static int place(int r, int d, int) { return (d / kChain * kRows + r) * kChain + d % kChain; }
+};
 
 // scores[r][event] = Σ_d rows[r][d] · panel[d][event] for M rows and the first N registers of a panel's
 // events, where d counts the items of a row. Rows lie as `load_block` leaves them.
@@ -296,14 +308,7 @@ void accumulate_seen(int rows, const int* seen, const typename V::Real* factor,
   }
 }
 
-// Items of a block of rows that `scores` reads.
-template <class V, class Products>
-int block_items(int head_dim) {
-  return static_cast<int>(V::kRows * round_up(Products::depth(head_dim), kChain));
-}
-
-// A block of `count` rows, found by at(r) (null: zeros), as `scores` reads it: [chain][r][kChain items], at
-// strides that the compiler knows. (Interleaved, [d][r], it took 14 % of a small call to make.)
+// A block of `count` rows, found by at(r) (null: zeros), as `Products::scores` reads it.
 template <class V, class Products, class At>
 void load_block(int count, At&& at, Element element, int head_dim, typename V::Real factor,
                 typename Products::Item* to) {
@@ -311,7 +316,7 @@ void load_block(int count, At&& at, Element element, int head_dim, typename V::R
   for (int r = 0; r < count; r++) {
     const void* row = at(r);
     for (int d = 0; d < depth; d += V::kWidth) {
-      Products::store(to + (d / kChain * V::kRows + r) * kChain + d % kChain,
+      Products::store(to + Products::place(r, d, depth),
                       row ? Products::load_part(row, element, d, head_dim, factor) : V::zero());
     }
   }
@@ -326,7 +331,7 @@ ATTNREC_INLINE typename V::Real dot(const typename V::Real* a, const typename V:
 }
 
 template <class V>
-struct Numbers {
+struct Numbers : RegisterBlock<V> {
   using Real = typename V::Real;
   using Item = Real;
   static constexpr bool kShortExp = false;
@@ -344,6 +349,13 @@ struct Numbers {
   static void pack_keys(const void* data, Element element, int64_t stride, int n, int head_dim,
                         const Real* hide, Item* panels) {
     pack_panels<V>(data, element, stride, n, head_dim, hide, panels);
+  }
+
+  // The scores of a block's rows against registers of packed events, times `factor` where rows have not had
+  // it.
+  ATTNREC_INLINE void scores(int rows, const Item* block, const Item* panels, int registers, int head_dim,
+                             Real factor, Real* to) {
+    attnrec::cpu::scores<V, Numbers>(rows, block, panels, registers, head_dim, factor, to);
   }
 
   // A register of a row's items from the d-th on.

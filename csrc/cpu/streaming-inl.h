@@ -7,7 +7,7 @@
 // arithmetic, so that a row's bits do not depend on its neighbours (the contract's batch invariance).
 #pragma once
 
-#include "cpu/pairs-inl.h"
+#include "cpu/tiles-inl.h"
 
 namespace attnrec::cpu {
 namespace {
@@ -20,9 +20,9 @@ inline int64_t seen_events(const Attention& a, const Unit& unit, int row) {
 
 // Events packed at once. What is packed for more rows than a block should stay in L2 (256 KiB for keys and
 // values); for a single block of rows there is nothing to reuse, so a tile at a time in L1.
-template <class V>
+template <class V, class Products>
 int packed_events(int rows, int head_dim) {
-  if (rows <= V::kRows) return kKeys;
+  if (rows <= Products::kRows) return kKeys;
   const int64_t fit = 262144 / (2 * head_dim * static_cast<int64_t>(sizeof(typename V::Real)));
   return static_cast<int>(fit >= 1024 ? 1024 : fit <= kKeys ? kKeys : fit / kKeys * kKeys);
 }
@@ -48,10 +48,10 @@ struct StreamScratch {
   StreamScratch(Arena& arena, int packed, int head_dim)
       : span(packed),
         panels(arena.take<typename Products::Item>(static_cast<int64_t>(span) * Products::depth(head_dim))),
-        rows(arena.take<typename Products::Item>(block_items<V, Products>(head_dim))),
+        rows(arena.take<typename Products::Item>(Products::items(Products::depth(head_dim)))),
         bias(arena.take<typename V::Real>(span)),
         row(arena.take<typename V::Real>(padded<V>(head_dim))),
-        scores(arena.take<typename V::Real>(V::kRows * kKeys)) {}
+        scores(arena.take<typename V::Real>(Products::kRows * kKeys)) {}
 };
 
 // Runs one unit. `readout.pack(first_event, n, hide)` prepares whatever else the readout needs of the packed
@@ -82,9 +82,9 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
                         bias, scratch.panels);
     readout.pack(packed, n, bias);
 
-    for (int row = 0; row < unit.rows; row += V::kRows) {
-      const int rows = static_cast<int>(least(V::kRows, unit.rows - row));
-      int64_t seen_by[V::kRows], most = 0;
+    for (int row = 0; row < unit.rows; row += Products::kRows) {
+      const int rows = static_cast<int>(least(Products::kRows, unit.rows - row));
+      int64_t seen_by[Products::kRows], most = 0;
       for (int r = 0; r < rows; r++) {
         seen_by[r] = seen_events(a, unit, row + r);
         most = greatest(most, seen_by[r]);
@@ -94,15 +94,15 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
           [&](int r) { return a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element); },
           a.element, D, factor, scratch.rows);
       for (int begin = 0; begin < n && packed + begin < most; begin += kKeys) {
-        int seen[V::kRows];
+        int seen[Products::kRows];
         for (int r = 0; r < rows; r++) {
           seen[r] =
               static_cast<int>(greatest(0, least(least(kKeys, n - begin), seen_by[r] - packed - begin)));
         }
         const int count = static_cast<int>(least(least(kKeys, n - begin), most - packed - begin));
-        scores<V, Products>(rows, scratch.rows,
-                            scratch.panels + static_cast<int64_t>(begin) * Products::depth(D),
-                            (count + W - 1) / W, D, factor, scratch.scores);
+        Products::scores(rows, scratch.rows,
+                         scratch.panels + static_cast<int64_t>(begin) * Products::depth(D),
+                         (count + W - 1) / W, D, factor, scratch.scores);
         for (int r = 0; r < rows; r++) {
           Real* s = scratch.scores + r * kKeys;
           if (bias) {

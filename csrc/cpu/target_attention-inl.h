@@ -19,7 +19,7 @@ struct WeightedValue {
         width(padded<V>(attention.head_dim)),
         softmax(arena, rows * parts),
         sums(arena.take<Real>(static_cast<int64_t>(rows) * parts * width)),
-        values(arena, packed_events<V>(rows, a.head_dim), a.head_dim) {}
+        values(arena, packed_events<V, Products>(rows, a.head_dim), a.head_dim) {}
 
   // What it keeps for unit `u`, whose rows stand from `row` on.
   WeightedValue of(const Unit& u, int64_t row) const {
@@ -110,7 +110,7 @@ inline void touch(const Vectors& of, const Attention& a, int64_t first, int64_t 
 // users with one candidate and 200 events, 32 to 13 ms for 16 with 10,000 events.
 template <class V, class Products, Base kBase>
 int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void* out, void* lse) {
-  StreamScratch<V, Products> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+  StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
   WeightedValue<V, Products, kBase> state(arena, a, unit.rows, unit.parts);
   if (!done) return 0;
   const auto part_of = [&](int p) {

@@ -19,7 +19,7 @@ struct Backward {
   using Item = typename Products::Item;
   static constexpr int W = V::kWidth;
   // Rows whose P and dS are kept before they are multiplied into dV and dK: long sums, and 2 x 64 KiB of L2.
-  static constexpr int kChunk = 64 / V::kRows * V::kRows;
+  static constexpr int kChunk = kRowsHeld / Products::kRows * Products::kRows;
 
   // Keys and values of 256 events, their gradients, and a chunk's P and dS stay in L2 together.
   static int span(int head_dim) { return head_dim <= 64 ? 2 * kKeys : kKeys; }
@@ -43,8 +43,8 @@ struct Backward {
     value_panels = arena.take<Item>(static_cast<int64_t>(span(a.head_dim)) * Products::depth(a.head_dim));
     query = arena.take<Real>(int64_t{kChunk} * width);
     grad_out = arena.take<Real>(int64_t{kChunk} * width);
-    grad_out_rows = arena.take<Item>(block_items<V, Products>(a.head_dim));
-    grad_weight = arena.take<Real>(V::kRows * kKeys);
+    grad_out_rows = arena.take<Item>(Products::items(Products::depth(a.head_dim)));
+    grad_weight = arena.take<Real>(Products::kRows * kKeys);
     weight = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
     grad_score = arena.take<Real>(int64_t{kChunk} * span(a.head_dim));
     self = arena.take<Real>(3 * int64_t{width});
@@ -90,11 +90,11 @@ struct Backward {
 
   void tile(const Tile<V>& t) {
     if (t.first_row != block) start_block(t);
-    scores<V, Products>(t.rows, grad_out_rows,
-                        value_panels + static_cast<int64_t>(t.packed_event) * Products::depth(a.head_dim),
-                        (most(t.seen, t.rows) + W - 1) / W, a.head_dim, Real{1}, grad_weight);
+    Products::scores(t.rows, grad_out_rows,
+                     value_panels + static_cast<int64_t>(t.packed_event) * Products::depth(a.head_dim),
+                     (most(t.seen, t.rows) + W - 1) / W, a.head_dim, Real{1}, grad_weight);
     const int64_t at = (int64_t{t.packed_event} * kChunk) + int64_t{place} * kKeys;
-    int seen_here[V::kRows];
+    int seen_here[Products::kRows];
     for (int r = 0; r < t.rows; r++) {
       seen_here[r] = static_cast<int>(greatest(0, least(t.seen[r], seen[place + r] - t.packed_event)));
       const int64_t row = whole_row(t.first_row + r);
@@ -300,14 +300,14 @@ struct Backward {
       // Rows that see none of these events are left out at both ends (visible = 1, 2, 3 …); between them they
       // have zeros, which would not do against a NaN: with one in the chunk, each event takes its own rows
       // only.
-      for (int e = 0; e < count; e += finite ? V::kRows : 1) {
+      for (int e = 0; e < count; e += finite ? Products::kRows : 1) {
         int first = 0, last = filled;
         while (first < last && seen[first] <= begin + e) first++;
         while (last > first && seen[last - 1] <= begin + e) last--;
         if (first == last) continue;
         const int64_t to = (packed - whole.first_event + begin + e) * width;
         if (finite) {
-          const int events = static_cast<int>(least(V::kRows, count - e));
+          const int events = static_cast<int>(least(Products::kRows, count - e));
           Products::template sum_rows<true>(events, p + e, grad_out, first, last, width, grad_value + to);
           Products::template sum_rows<true>(events, ds + e, query, first, last, width, grad_key + to);
         } else if (!hidden(packed + begin + e)) {

@@ -122,8 +122,9 @@ int64_t target_attention_top_unit(const Attention& a, const Unit& unit, void* me
                                   void* weights, int64_t* events) {
   using Real = typename V::Real;
   return with_products<V>(a.element, [&](auto products) {
+    using Products = decltype(products);
     Arena arena(memory);
-    StreamScratch<V, decltype(products)> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+    StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
     Top<V> readout(arena, a, unit.rows, greatest(1, least(top, a.events(unit.user))));
     if (!memory) return arena.used();
     readout.begin(unit, scratch);

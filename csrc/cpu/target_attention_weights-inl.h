@@ -84,8 +84,9 @@ template <class V>
 int64_t target_attention_weights_unit(const Attention& a, const Unit& unit, void* memory,
                                       const int64_t* offsets, void* weights) {
   return with_products<V>(a.element, [&](auto products) {
+    using Products = decltype(products);
     Arena arena(memory);
-    StreamScratch<V, decltype(products)> scratch(arena, packed_events<V>(unit.rows, a.head_dim), a.head_dim);
+    StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
     LogSumExp<V> total(arena, a, unit.rows);
     Weights<V> readout(arena, a, unit.rows);
     if (!memory) return arena.used();

@@ -3,9 +3,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "cpu/tiers/tiles_here.h"
+
 namespace attnrec::cpu {
 
-extern const Kernels kBaseline, kBaselineDouble, kAvx2, kAvx512, kAvx512Bf16;
+extern const Kernels kBaseline, kBaselineDouble, kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;
 
 namespace {
 
@@ -22,6 +24,16 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && has_avx2();
 }
+// Every processor with the first has the second; systems and hypervisors may take either away.
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+
+#if defined(ATTNREC_AMX_EMULATED)
+constexpr bool kTilesEmulated = true;
+#else
+constexpr bool kTilesEmulated = false;
+#endif
 #endif
 
 // From the plainest to the best. libgcc's check covers both the processor (CPUID) and the system (XGETBV).
@@ -30,11 +42,8 @@ const Tier kTiers[] = {
 #if defined(__x86_64__)
     {&kAvx2, has_avx2},
     {&kAvx512, has_avx512},
-    // Every processor with the first has the second; systems and hypervisors may take either away.
-    {&kAvx512Bf16,
-     [] {
-       return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-     }},
+    {&kAvx512Bf16, has_avx512_bf16},
+    {&kAmxBf16, [] { return has_avx512_bf16() && (kTilesEmulated || tiles_here()); }},
 #endif
 };
 

@@ -9,6 +9,7 @@ struct Avx512Vector {
   using Reg = __m512;
   static constexpr int kWidth = 16;
   static constexpr bool kPairs = false;  // no products of bf16 pairs
+  static constexpr bool kTiles = false;  // nor of tiles of them
   // 8 x 2 accumulators hide the latency of 2 FMA pipes; broadcasts come from memory.
   static constexpr int kRows = 8;
 

@@ -10,6 +10,7 @@ struct PortableVector {
   using Real = T;
   static constexpr int kWidth = 4;
   static constexpr bool kPairs = false;  // no products of bf16 pairs
+  static constexpr bool kTiles = false;  // nor of tiles of them
   static constexpr int kRows = 4;        // 4 x 2 accumulators leave room in 16 registers
   typedef T Reg __attribute__((vector_size(kWidth * sizeof(T))));
 

@@ -203,6 +203,23 @@ def test_nan_stays_with_its_user():
         assert torch.equal(x[[0, 1, 3]], y[[0, 1, 3]])
 
 
+def test_lse_of_infinite_scores():
+    """inf where a score is, whatever the others are; but a NaN makes NaN of it."""
+    users, catalog = integers(4, 8), integers(600, 8, seed=1)
+    users[:, 0] = torch.tensor([2.0, 0.0, -1.0, INF])
+    catalog[:, 0] = catalog[:, 0].clamp(min=1)
+    catalog[[5, 300], 0], catalog[400, 0] = INF, -INF
+    for k in (0, 3):
+        _, _, lse = attnrec.catalog_topk(users, catalog, k)
+        assert torch.equal(lse[[0, 2, 3]], torch.full((3,), INF))
+        assert lse[1].isnan()  # 0 · inf
+        torch.testing.assert_close(lse, reference.catalog_topk(users, catalog, k)[2], equal_nan=True)
+    bias = torch.zeros(600)
+    bias[[5, 300, 400]], bias[7] = -INF, INF
+    lse = attnrec.catalog_topk(users[:3], catalog, 3, bias=bias)[2]
+    assert torch.equal(lse, torch.full((3,), INF))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_score_comes_last(dtype):
     users, catalog = integers(2, 8, dtype=dtype), integers(600, 8, dtype=dtype, seed=1)

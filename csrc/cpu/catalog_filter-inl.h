@@ -37,7 +37,7 @@ struct FilterRows {
   uint32_t* codes;  // block by block [depth][rows of the block]
   int32_t* start;
   float *unit, *per_error, *per_norm, *floor;
-  int64_t* next_excluded;  // the first one that no panel has had so far
+  int64_t* next_excluded;  // of each block, the first one that no panel has had so far
 
   FilterRows(Arena& arena, const FilterUnit& of, const CatalogFilter& filter)
       : count(static_cast<int>(round_up(of.rows, kFilterRows))),
@@ -48,7 +48,7 @@ struct FilterRows {
         per_error(arena.take<float>(count)),
         per_norm(arena.take<float>(count)),
         floor(arena.take<float>(count)),
-        next_excluded(arena.take<int64_t>(count)) {}
+        next_excluded(arena.take<int64_t>(count / kFilterRows)) {}
 
   static int block_rows(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 
@@ -65,10 +65,8 @@ struct FilterRows {
         per_error[r] = there ? users.per_error[user] : 0;
         per_norm[r] = there ? users.per_norm[user] : 0;
         floor[r] = there && users.floor ? users.floor[user] : std::numeric_limits<float>::infinity();
-        const bool some =
-            there && users.excluded && users.exclude_offsets[user] < users.exclude_offsets[user + 1];
-        next_excluded[r] = some ? -1 : INT64_MAX;
       }
+      next_excluded[row / kFilterRows] = users.excluded ? -1 : INT64_MAX;
     }
   }
 };
@@ -152,30 +150,37 @@ struct FilterSpan {
   }
 
  private:
-  // Returns the largest |bias| that does not hide.
+  // Returns the largest |bias| that does not hide, inf where one is NaN.
   static float load_bias(const CatalogFilter& filter, int64_t first, int n, float* to) {
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
     float most = 0;
+    if (filter.bias_element == Element::kFloat32 && filter.bias_stride == 1) {
+      std::memcpy(to, static_cast<const float*>(filter.bias) + first, n * sizeof(float));
+    } else {
+      for (int i = 0; i < n; i++)
+        to[i] = load_element<float>(filter.bias, (first + i) * filter.bias_stride, filter.bias_element);
+    }
     for (int i = 0; i < n; i++) {
-      to[i] = load_element<float>(filter.bias, (first + i) * filter.bias_stride, filter.bias_element);
-      if (to[i] < kHiddenScore) to[i] = kHiddenScore;  // so that an exponential of it is 0, not NaN
-      const float size = to[i] < 0 ? -to[i] : to[i];
-      if (to[i] > kHiddenScore && size > most) most = size;
+      const float size = to[i] < 0 ? -to[i] : to[i], large = size <= kInfinity ? size : kInfinity;
+      const bool hides = to[i] <= kHiddenScore;
+      to[i] = hides ? kHiddenScore : to[i];  // so that an exponential of it is 0, not NaN
+      most = !hides && large > most ? large : most;
     }
     return most;
   }
 };
 
-// Scores M rows, those from `row` on, against a span: readout.take(row, p, scores, reach), scores being a
-// panel's registers.
+// Scores M rows, those from `row` on, against a span: readout.take<M>(row, p, scores), scores being a panel's
+// registers of each row.
 template <class V, Code kCode, int M, class Readout>
 void score_panels(const CatalogFilter& filter, const FilterRows& rows, int row, const FilterSpan& span,
                   Readout& readout) {
   using Products = CodeProducts<V, kCode>;
   constexpr int W = V::kWidth, kRegisters = kPanelItems / W;
   const int depth = rows.depth;
-  const uint32_t* users = rows.codes + static_cast<int64_t>(row) * depth;
   for (int p = 0; p < span.count; p++) {
-    const uint32_t* items = filter.codes + span.panels[p] * depth * kPanelItems;
+    const uint32_t *item_codes = filter.codes + span.panels[p] * depth * kPanelItems,
+                   *user_codes = rows.codes + static_cast<int64_t>(row) * depth;
     typename V::Reg sum[M][kRegisters];
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
@@ -183,21 +188,17 @@ void score_panels(const CatalogFilter& filter, const FilterRows& rows, int row, 
       for (int j = 0; j < kRegisters; j++) sum[r][j] = Products::start(rows.start[row + r]);
     }
 #pragma GCC unroll 4
-    for (int d = 0; d < depth; d++) {
+    for (int d = 0; d < depth; d++, item_codes += kPanelItems, user_codes += M) {
       typename V::Reg item[kRegisters];
 #pragma GCC unroll 8
-      for (int j = 0; j < kRegisters; j++) item[j] = V::load_pairs(items + d * kPanelItems + j * W);
+      for (int j = 0; j < kRegisters; j++) item[j] = V::load_pairs(item_codes + j * W);
 #pragma GCC unroll 8
       for (int r = 0; r < M; r++) {
-        const typename V::Reg user = V::set1_pairs(users[d * M + r]);
+        const typename V::Reg user = V::set1_pairs(user_codes[r]);
 #pragma GCC unroll 8
         for (int j = 0; j < kRegisters; j++) sum[r][j] = Products::multiply_add(item[j], user, sum[r][j]);
       }
     }
-    float reach[M];
-    for (int r = 0; r < M; r++)
-      reach[r] =
-          rows.per_error[row + r] * span.error[p] + rows.per_norm[row + r] * span.norm[p] + span.beyond[p];
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
       const typename V::Reg unit = V::set1(rows.unit[row + r]);
@@ -206,8 +207,8 @@ void score_panels(const CatalogFilter& filter, const FilterRows& rows, int row, 
         sum[r][j] =
             V::fma(Products::number(sum[r][j], span.scale[p] + j * W), unit, V::load(span.bias[p] + j * W));
       }
-      readout.take(row + r, p, sum[r], reach[r]);
     }
+    readout.template take<M>(row, p, sum);
   }
 }
 
@@ -226,26 +227,59 @@ void score_block(const CatalogFilter& filter, const FilterRows& rows, int row, i
   }
 }
 
-// What both readouts know: which items of a panel are not to be counted for a row.
+// What both readouts know: which items of a panel are not to be counted for a row, and how far a panel's
+// scores may be off.
 template <class V>
 struct FilterReadout {
   static constexpr int W = V::kWidth, kRegisters = kPanelItems / W;
+  using Reg = typename V::Reg;
   const CatalogFilter& filter;
   const FilterUsers& users;
   const FilterUnit& unit;
   FilterRows& rows;
   FilterSpan& span;
 
-  // Bits of the excluded ones and of those past the last.
-  ATTNREC_MEMBER uint32_t hidden(int row, int p) {
-    const int64_t first = span.panels[p] * kPanelItems, end = first + kPanelItems;
-    if (__builtin_expect(end <= filter.items && rows.next_excluded[row] >= end, 1)) return 0;
-    return listed(row, first, end);
+  template <int M>
+  ATTNREC_MEMBER void reaches(int row, int p, float (&reach)[M]) {
+    const float error = span.error[p], norm = span.norm[p], beyond = span.beyond[p];
+    for (int r = 0; r < M; r++)
+      reach[r] = rows.per_error[row + r] * error + rows.per_norm[row + r] * norm + beyond;
   }
-  __attribute__((noinline)) uint32_t listed(int row, int64_t first, int64_t end) {
-    uint32_t bits = end <= filter.items ? 0 : ~uint32_t{0} << (filter.items - first);
-    if (rows.next_excluded[row] >= end) return bits;
-    const int64_t user = unit.first + row;
+  // Hides the excluded ones and those past the last: their bits, where there are some.
+  template <int M>
+  ATTNREC_MEMBER void hide(int row, int p, Reg (&scores)[M][kRegisters], uint32_t (&hidden)[M]) {
+    const int64_t end = (span.panels[p] + 1) * kPanelItems;
+    for (int r = 0; r < M; r++) hidden[r] = 0;
+    if (__builtin_expect(end <= filter.items && rows.next_excluded[row / kFilterRows] >= end, 1)) return;
+    float lanes[M][kPanelItems];
+    store<M>(scores, lanes);
+    listed(row, M, p, lanes[0], hidden);
+    for (int r = 0; r < M; r++) {
+      for (int j = 0; j < kRegisters; j++) scores[r][j] = V::load(lanes[r] + j * W);
+    }
+  }
+  template <int M>
+  ATTNREC_MEMBER void store(const Reg (&scores)[M][kRegisters], float (&lanes)[M][kPanelItems]) {
+    for (int r = 0; r < M; r++) {
+      for (int j = 0; j < kRegisters; j++) V::store(lanes[r] + j * W, scores[r][j]);
+    }
+  }
+  __attribute__((noinline)) void listed(int row, int count, int p, float* lanes, uint32_t* hidden) {
+    const int64_t first = span.panels[p] * kPanelItems, end = first + kPanelItems;
+    int64_t next = INT64_MAX;
+    for (int r = 0; r < count; r++, lanes += kPanelItems) {
+      uint32_t bits = end <= filter.items ? 0 : ~uint32_t{0} << (filter.items - first);
+      const int64_t after =
+          row + r < unit.rows ? listed_of(unit.first + row + r, first, end, bits) : INT64_MAX;
+      next = after < next ? after : next;
+      hidden[r] = bits;
+      for (; bits; bits &= bits - 1) lanes[__builtin_ctz(bits)] = kHiddenScore;
+    }
+    rows.next_excluded[row / kFilterRows] = next;
+  }
+  // Adds the bits of a user's excluded items, and returns the first one behind them.
+  int64_t listed_of(int64_t user, int64_t first, int64_t end, uint32_t& bits) {
+    if (!users.excluded) return INT64_MAX;
     const int64_t *id = users.excluded + users.exclude_offsets[user],
                   *last = users.excluded + users.exclude_offsets[user + 1];
     for (int64_t n = last - id; n > 0;) {
@@ -255,14 +289,7 @@ struct FilterReadout {
       n = before ? n - half - 1 : half;
     }
     for (; id != last && *id < end; id++) bits |= uint32_t{1} << (*id - first);
-    rows.next_excluded[row] = id == last ? INT64_MAX : *id;
-    return bits;
-  }
-  ATTNREC_MEMBER void hide(uint32_t bits, typename V::Reg (&scores)[kRegisters]) {
-    float lanes[kPanelItems];
-    for (int j = 0; j < kRegisters; j++) V::store(lanes + j * W, scores[j]);
-    for (; bits; bits &= bits - 1) lanes[__builtin_ctz(bits)] = kHiddenScore;
-    for (int j = 0; j < kRegisters; j++) scores[j] = V::load(lanes + j * W);
+    return id == last ? INT64_MAX : *id;
   }
 };
 
@@ -274,16 +301,22 @@ struct SampleReadout : FilterReadout<V> {
   float* best;  // [rows][stride], of which `groups` are this unit's
   int64_t stride, groups, first = 0;
 
-  ATTNREC_MEMBER void take(int row, int p, typename V::Reg (&scores)[Base::kRegisters], float reach) {
-    if (row >= Base::unit.rows) return;  // of a block that is not full
-    const uint32_t hidden = Base::hidden(row, p);
-    if (__builtin_expect(hidden != 0, 0)) Base::hide(hidden, scores);
-    float* to = best + row * stride + (first + p) * kPanelItems % groups;
-    const typename V::Reg less = V::set1(reach);
+  template <int M>
+  ATTNREC_MEMBER void take(int row, int p, typename V::Reg (&scores)[M][Base::kRegisters]) {
+    uint32_t hidden[M];
+    Base::template hide<M>(row, p, scores, hidden);
+    float reach[M];
+    Base::template reaches<M>(row, p, reach);
 #pragma GCC unroll 8
-    for (int j = 0; j < Base::kRegisters; j++) {
-      const typename V::Reg sure = V::sub(scores[j], less);
-      V::store(to + j * V::kWidth, V::max(sure, V::load(to + j * V::kWidth)));
+    for (int r = 0; r < M; r++) {
+      if (row + r >= Base::unit.rows) return;  // of a block that is not full
+      float* to = best + (row + r) * stride + (first + p) * kPanelItems % groups;
+      const typename V::Reg less = V::set1(reach[r]);
+#pragma GCC unroll 8
+      for (int j = 0; j < Base::kRegisters; j++) {
+        const typename V::Reg sure = V::sub(scores[r][j], less);
+        V::store(to + j * V::kWidth, V::max(sure, V::load(to + j * V::kWidth)));
+      }
     }
   }
 };
@@ -293,18 +326,20 @@ template <class V>
 struct ScanReadout : FilterReadout<V> {
   using Base = FilterReadout<V>;
   using Reg = typename V::Reg;
+  // In steps of a number's last bit, as exp2_rough takes its exponent.
+  static constexpr float kSlope = static_cast<float>(kLog2E * 0x1p23);
   const CandidateSink& sink;
   Candidate* buffers;  // [rows][kFilterBuffer + kPanelItems]
   int* counts;
-  float *least_score,
-      *base;      // a candidate's is above `least_score` - reach; exponentials are 2^(x·log2 e + base)
-  float* totals;  // [rows][W]
+  float *least_score, *base;  // a candidate's is above `least_score` - reach; exponents are x·kSlope + base
+  float* totals;              // [rows][W]
 
   void begin() {
     for (int r = 0; r < Base::rows.count; r++) {
       counts[r] = 0;
-      base[r] = Base::rows.floor[r] < kLargestBound ? -Base::rows.floor[r] * static_cast<float>(kLog2E) : 0;
-      raise(r, Base::rows.floor[r]);
+      const float floor = Base::rows.floor[r];
+      base[r] = V::kExp2RoughShift - (floor < kLargestBound ? floor * kSlope : 0);
+      raise(r, floor);
       V::store(totals + r * V::kWidth, V::zero());
     }
   }
@@ -312,44 +347,71 @@ struct ScanReadout : FilterReadout<V> {
     const float size = floor < 0 ? -floor : floor;
     least_score[row] = size < kLargestBound ? floor - size * 0x1p-20f : floor;
   }
-
-  ATTNREC_MEMBER void take(int row, int p, Reg (&scores)[Base::kRegisters], float reach) {
-    const float above = least_score[row] - reach;
-    uint32_t some = Base::hidden(row, p), lanes = 0;
-#pragma GCC unroll 8
-    for (int j = 0; j < Base::kRegisters; j++) lanes |= V::above(scores[j], above) << (j * V::kWidth);
-    // Codes of an item that is not bounded may be anything, NaN too.
-    if (__builtin_expect(!(reach < kLargestBound), 0)) lanes = ~uint32_t{0};
-    if (__builtin_expect((lanes | some) != 0, 0)) {
-      float score[kPanelItems];
-      for (int j = 0; j < Base::kRegisters; j++) V::store(score + j * V::kWidth, scores[j]);
-      keep(row, p, lanes & ~some, some, score);
-      for (int j = 0; j < Base::kRegisters; j++) scores[j] = V::load(score + j * V::kWidth);
-    }
-    const Reg slope = V::set1(static_cast<float>(kLog2E)), shift = V::set1(base[row]);
-    Reg total = V::load(totals + row * V::kWidth);
-#pragma GCC unroll 8
-    for (int j = 0; j < Base::kRegisters; j++)
-      total = V::add(total, V::exp2_rough(V::fma(scores[j], slope, shift)));
-    V::store(totals + row * V::kWidth, total);
+  ATTNREC_MEMBER Reg exponential(int row, Reg score) {
+    return V::exp2_rough(V::fma(score, V::set1(kSlope), V::set1(base[row])));
   }
 
-  // Takes candidates among `lanes` and hides them and the `hidden` ones from the sum. The bound of an item by
-  // itself is narrower than that of its panel.
-  __attribute__((noinline)) void keep(int row, int p, uint32_t lanes, uint32_t hidden, float* score) {
-    for (; hidden; hidden &= hidden - 1) score[__builtin_ctz(hidden)] = kHiddenScore;
+  // Branches once for all rows: one panel in three has a candidate of one of 8 users, k = 100 in a million.
+  template <int M>
+  ATTNREC_MEMBER void take(int row, int p, Reg (&scores)[M][Base::kRegisters]) {
+    uint32_t hidden[M];
+    Base::template hide<M>(row, p, scores, hidden);
+    float above[M];
+    Base::template reaches<M>(row, p, above);
+    for (int r = 0; r < M; r++) above[r] = least_score[row + r] - above[r];
+    typename V::Mask none = V::all_lanes();
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      Reg total = V::load(totals + (row + r) * V::kWidth);
+#pragma GCC unroll 8
+      for (int j = 0; j < Base::kRegisters; j++) {
+        // None where a score is NaN: codes of an item that is not bounded may be anything.
+        const typename V::Mask below = V::at_most(scores[r][j], above[r]);
+        total = V::add_where(below, total, exponential(row + r, scores[r][j]));
+        none = V::both(none, below);
+      }
+      V::store(totals + (row + r) * V::kWidth, total);
+    }
+    if (__builtin_expect(V::all(none), 1)) return;
+    float lanes[M][kPanelItems];
+    Base::template store<M>(scores, lanes);
+    for (int r = 0; r < M; r++) {
+      uint32_t below = hidden[r];
+      for (int j = 0; j < Base::kRegisters; j++)
+        below |= V::lanes(V::at_most(scores[r][j], above[r])) << (j * V::kWidth);
+      hidden[r] = below;
+    }
+    for (int r = 0; r < M; r++) {
+      if (~hidden[r]) keep(row + r, p, ~hidden[r], lanes[r]);
+    }
+  }
+
+  // Takes candidates among `lanes`. The bound of an item by itself is narrower than that of its panel: what
+  // it rules out goes to the sum.
+  __attribute__((noinline)) void keep(int row, int p, uint32_t lanes, const float* score) {
     const int64_t first = Base::span.panels[p] * kPanelItems;
     Candidate* buffer = buffers + static_cast<int64_t>(row) * (kFilterBuffer + kPanelItems);
+    float rest[kPanelItems];
+    bool some = false;
+    for (int j = 0; j < Base::kRegisters; j++) V::store(rest + j * V::kWidth, V::set1(kHiddenScore));
     for (; lanes; lanes &= lanes - 1) {
       const int i = __builtin_ctz(lanes);
       const BFloat16* error = Base::filter.error + 2 * (first + i);
       const float reach = Base::rows.per_error[row] * to_float(error[0]) +
                           Base::rows.per_norm[row] * to_float(error[1]) + Base::span.beyond[p];
       const bool bounded = reach < kLargestBound;
-      if (bounded ? !(score[i] > least_score[row] - reach) : row >= Base::unit.rows) continue;
-      if (!bounded) score[i] = 0;
-      buffer[counts[row]++] = {score[i], reach, first + i};
-      score[i] = kHiddenScore;
+      if (bounded ? !(score[i] > least_score[row] - reach) : row >= Base::unit.rows) {
+        rest[i] = score[i];
+        some = true;
+      } else {
+        buffer[counts[row]++] = {bounded ? score[i] : 0, reach, first + i};
+      }
+    }
+    if (some) {
+      Reg total = V::load(totals + row * V::kWidth);
+      for (int j = 0; j < Base::kRegisters; j++)
+        total = V::add(total, exponential(row, V::load(rest + j * V::kWidth)));
+      V::store(totals + row * V::kWidth, total);
     }
     if (counts[row] > kFilterBuffer) flush(row);
   }
@@ -361,7 +423,9 @@ struct ScanReadout : FilterReadout<V> {
   void finish(FilterSums& sums) {
     for (int r = 0; r < Base::unit.rows; r++) {
       flush(r);
-      sums.sum[r] = V::sum(V::load(totals + r * V::kWidth));
+      // Exponents have no room for scores that far above where the floor was.
+      const bool room = !(least_score[r] - Base::rows.floor[r] > 80);
+      sums.sum[r] = room ? V::sum(V::load(totals + r * V::kWidth)) : std::numeric_limits<double>::infinity();
     }
   }
 };

@@ -32,13 +32,19 @@ struct TopkReadout {
   static constexpr int W = V::kWidth;
 
   TopkReadout(Arena& arena, const Attention& attention, const Unit& u, int span, const TopkOptions& of)
-      : a(attention), unit(u), options(of), softmax(arena, u.rows), best(arena, u.rows, of.k) {
+      : a(attention),
+        unit(u),
+        options(of),
+        softmax(arena, u.rows),
+        best(arena, u.rows, of.k),
+        infinite(arena.take<bool>(u.rows)) {
     if (of.bias) bias = arena.take<Real>(span);
   }
 
   void begin() {
     softmax.clear(unit.rows);
     best.clear(unit.rows);
+    for (int r = 0; r < unit.rows; r++) infinite[r] = false;
   }
 
   void pack(int64_t first_event, int n, const Real*) {
@@ -69,15 +75,19 @@ struct TopkReadout {
         const int64_t* of_row = options.exclude_offsets + unit.first + t.first_row + r;
         hide_listed(options.excluded + of_row[0], options.excluded + of_row[1], t.first_event, n, z);
       }
-      if (options.k > 0) best.take(t.first_row + r, t.first_event, n, z);
+      const int64_t row = unit.first + t.first_row + r;
+      const Real least = options.out_of_reach ? static_cast<Real>(options.out_of_reach[row]) : -kInfinity;
+      if (options.k > 0) best.take(t.first_row + r, t.first_event, n, z, least);
+      infinite[t.first_row + r] |= hide_infinite(n, z);
       softmax.step(softmax, t.first_row + r, n, z);
     }
   }
 
   void finish(const TopkParts& parts) {
     for (int r = 0; r < unit.rows; r++) {
-      parts.maximum[r] = softmax.maximum[r];
-      parts.sum[r] = softmax.sum(r);
+      const double sum = softmax.sum(r);
+      parts.maximum[r] = infinite[r] ? kInfinity : softmax.maximum[r];
+      parts.sum[r] = infinite[r] && sum == sum ? 1 : sum;
       parts.counts[r] = best.counts[r];
       for (int64_t i = 0; i < best.counts[r]; i++) {
         parts.scores[r * options.k + i] = best.of(r)[i].score;
@@ -86,12 +96,26 @@ struct TopkReadout {
     }
   }
 
+  // Scores of +inf are no part of the running softmax: inf - inf would make its sum NaN, as only a NaN
+  // should. Says whether there are some.
+  static bool hide_infinite(int n, Real* z) {
+    uint32_t some = 0;
+    for (int i = 0; i < n; i += W) some |= V::above(V::load(z + i), std::numeric_limits<Real>::max());
+    if (!some) return false;
+    for (int i = 0; i < n; i++) {
+      if (z[i] == kInfinity) z[i] = -kInfinity;
+    }
+    return true;
+  }
+
+  static constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
   const Attention& a;
   const Unit& unit;
   const TopkOptions& options;
   RunningSoftmax<V, true> softmax;
   Heaviest<V> best;
   Real* bias = nullptr;
+  bool* infinite;       // of each row, whether some score is +inf
   bool hidden = false;  // some item of the packed ones by its bias
 };
 

@@ -61,7 +61,9 @@ struct Gathered {
 
 // Scores of the rows as given, for these users, rising.
 void catalog_topk_unfiltered(Attention a, int64_t items, TopkOptions options, const TopkResults& results,
-                             const std::vector<int64_t>& users, int64_t all) {
+                             const Unserved& unserved, int64_t all) {
+  const std::vector<int64_t>& users = unserved.users;
+  options.out_of_reach = unserved.out_of_reach.data();
   const int64_t batch = static_cast<int64_t>(users.size()), k = results.k;
   std::optional<Gathered> gathered;
   if (batch < all) gathered.emplace(a, options, users);
@@ -164,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> catalog_topk(Tensor users, Tensor catalog, in
   const TopkResults results{scores.mutable_data_ptr(), static_cast<int64_t*>(ids.mutable_data_ptr()),
                             lse.mutable_data_ptr(),
                             a.element == Element::kFloat64 ? Element::kFloat64 : Element::kFloat32, k};
-  const std::vector<int64_t> others = catalog_topk_filtered(a, batch, rounded, options, results);
-  if (!others.empty()) catalog_topk_unfiltered(a, items, options, results, others, batch);
+  const Unserved others = catalog_topk_filtered(a, batch, rounded, options, results);
+  if (!others.users.empty()) catalog_topk_unfiltered(a, items, options, results, others, batch);
   return {scores, ids, lse};
 }
 

@@ -16,6 +16,8 @@ struct TopkOptions {
   const void* bias = nullptr;  // [N], or null
   Element bias_element = Element::kFloat32;
   int64_t bias_stride = 0;
+  // For each row a score that is not among its k best, nor are those below; or null.
+  const float* out_of_reach = nullptr;
 };
 
 // What a unit finds: for each of its rows k scores and ids (unordered, the first counts[row] of them), and

@@ -4,6 +4,7 @@
 #include "cpu/catalog_topk_filtered.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -17,7 +18,8 @@ constexpr int64_t kGroupUsers = 256;     // whose candidates are in memory at on
 constexpr int64_t kUnits = 16;           // of the sample
 constexpr int64_t kChunks = 64;  // of the catalogue, of which one of kEarly goes first: it raises the floor
 constexpr int64_t kEarly = 4;    // B = 256, int8: 5,400 candidates a user become 2,000, 103 ms 87
-constexpr double kLseError = 0.1, kExpError = 0.002;  // the contract's, and that of exp2_rough
+constexpr double kLseError = 0.1, kExpError = 0.03;  // the contract's, and that of exp2_rough
+constexpr double kSure = 0.8, kHopeless = 3;  // times kLseError: what a quarter of the catalogue foretells
 constexpr double kTooLarge = 1e18;
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
@@ -77,17 +79,40 @@ struct Users {
   }
 };
 
+// A sum of exponentials that is known but for each one's `reach`, and by how much it may be too small.
+struct Around {
+  SoftmaxParts sum, excess;
+
+  void add(double maximum, double part, double reach) {
+    sum.add(maximum, part);
+    excess.add(maximum + reach, part * (1 + kExpError - std::exp(-reach)));
+  }
+  // By how much the lse of all is off at most: too small rather than too large.
+  double lse_error(const SoftmaxParts& exact) const {
+    if (!(sum.sum > 0)) return 0;
+    SoftmaxParts all = exact;
+    all.add(sum.maximum, sum.sum);
+    return std::log1p(std::exp(excess.lse() - all.lse()));
+  }
+};
+
 // What one unit keeps of a row. Grown without bound it would be the catalogue: past `most` what can no longer
-// be among the k best is dropped, and where that does not help, the user is given up (`lost`).
+// be among the k best is dropped. The user is given up (`lost`) where all units together take too many.
 struct Kept {
   std::vector<Candidate> candidates;
   SoftmaxParts dropped;
   float base = 0, floor = 0;
   int64_t k = 0, most = 0, limit = 0;
+  std::atomic<int64_t>* taken = nullptr;  // by all units
   bool lost = false;
 
   float take(const Candidate* first, int n) {
-    if (lost) return floor;
+    // Whether it ends above the limit does not depend on who counts first.
+    if (lost || taken->fetch_add(n, std::memory_order_relaxed) + n > limit) {
+      lost = true;
+      candidates.clear();
+      return floor = std::numeric_limits<float>::infinity();
+    }
     candidates.insert(candidates.end(), first, first + n);
     if (static_cast<int64_t>(candidates.size()) > most) narrow();
     return floor;
@@ -99,18 +124,16 @@ struct Kept {
     drop_below(sure);
     floor = std::max(floor, below(sure));
     most = std::max(most, 2 * static_cast<int64_t>(candidates.size()));
-    if (most > limit) {
-      lost = true;
-      candidates.clear();
-      floor = std::numeric_limits<float>::infinity();
-    }
+  }
+
+  static bool reaches(const Candidate& c, double sure) {
+    return static_cast<double>(c.score) + c.reach >= sure;
   }
 
   void drop_below(double sure) {
-    const auto reaches = [&](const Candidate& c) { return static_cast<double>(c.score) + c.reach >= sure; };
     size_t n = 0;
     for (const Candidate& c : candidates) {
-      if (reaches(c)) {
+      if (reaches(c, sure)) {
         candidates[n++] = c;
       } else {
         dropped.add(c.score, 1);
@@ -155,7 +178,7 @@ class Search {
   }
 
   // Users first … first + n. Appends those it does not serve.
-  void run(int64_t first, int64_t n, std::vector<int64_t>& others) {
+  void run(int64_t first, int64_t n, Unserved& others) {
     users.emplace(n, filter.depth());
     std::vector<char> served(n, 1);
     for (int64_t i = 0; i < n; i++) {
@@ -168,14 +191,17 @@ class Search {
     kept.assign((chunks.size() - 1) * n, {});
     sums.assign(kept.size(), 0);
     bounds.assign(chunks.size() - 1, {});
+    taken = std::vector<std::atomic<int64_t>>(n);
     scan(n, served, true);
-    raise_floors(n);
+    raise_floors(n, served);
     scan(n, served, false);
     for_each_unit(n, [&](int64_t i) {
       if (served[i]) served[i] = finish(first + i, i);
     });
     for (int64_t i = 0; i < n; i++) {
-      if (!served[i]) others.push_back(first + i);
+      if (served[i]) continue;
+      others.users.push_back(first + i);
+      others.out_of_reach.push_back(std::nextafter(sure_floor[i], -std::numeric_limits<float>::infinity()));
     }
   }
 
@@ -183,6 +209,7 @@ class Search {
   void find_floors(int64_t n, std::vector<char>& served) {
     const int64_t stride = groups * pieces;
     std::vector<float> best(n * stride, -std::numeric_limits<float>::infinity());
+    sure_floor.resize(n);
     const float* none = view.floor;
     view.floor = nullptr;
     for_each_unit(pieces, [&](int64_t piece) {
@@ -208,6 +235,7 @@ class Search {
         floor = *std::max_element(of_user, of_user + stride);
       }
       served[i] = served[i] && floor > -1e29f && floor < 1e29f;  // hidden ones score -1e30
+      sure_floor[i] = served[i] && k > 0 ? floor : -std::numeric_limits<float>::infinity();
       users->floor[i] = served[i] ? floor : std::numeric_limits<float>::infinity();
     });
   }
@@ -215,6 +243,7 @@ class Search {
   static bool early(int64_t chunk) { return chunk % kEarly == 0; }
 
   void scan(int64_t n, const std::vector<char>& served, bool early_ones) {
+    if (std::find(served.begin(), served.end(), 1) == served.end()) return;
     std::vector<int64_t> todo;
     for (int64_t chunk = 0; chunk + 1 < static_cast<int64_t>(chunks.size()); chunk++) {
       if (early(chunk) == early_ones) todo.push_back(chunk);
@@ -227,6 +256,7 @@ class Search {
         rows[i].k = k;
         rows[i].most = 4 * k + 1024;
         rows[i].limit = limit();
+        rows[i].taken = &taken[i];
         rows[i].lost = !served[i];
       }
       FilterUnit unit;
@@ -245,29 +275,57 @@ class Search {
     });
   }
 
-  // The floors that the early chunks' candidates give.
-  void raise_floors(int64_t n) {
+  // The floors that the early chunks' candidates give, as far as lse can do without exact scores of what is
+  // below. Users whose lse will not come near its bound are given up.
+  void raise_floors(int64_t n, std::vector<char>& served) {
     for_each_unit(n, [&](int64_t i) {
+      if (!served[i]) return;
       std::vector<Candidate> all;
-      for (size_t chunk = 0; chunk + 1 < chunks.size(); chunk += kEarly) {
+      Around rest;
+      for (int64_t chunk = 0; chunk + 1 < static_cast<int64_t>(chunks.size()); chunk += kEarly) {
         const Kept& part = kept[chunk * n + i];
+        if (part.lost) return give_up(i, served);
         all.insert(all.end(), part.candidates.begin(), part.candidates.end());
+        rest.add(part.base, sums[chunk * n + i], reach(chunk, i));
+        rest.add(part.dropped.maximum, part.dropped.sum, reach(chunk, i));
       }
       const double sure = Kept::kth_sure(all, k);
-      if (sure > users->floor[i]) users->floor[i] = Kept::below(sure);
+      sure_floor[i] = std::max(sure_floor[i], Kept::below(sure));
+      SoftmaxParts best, candidates;
+      Around others = rest;
+      for (const Candidate& c : all) {
+        candidates.add(c.score, 1);
+        if (Kept::reaches(c, sure)) {
+          best.add(c.score, 1);
+        } else {
+          others.add(c.score, 1, c.reach);
+        }
+      }
+      if (rest.lse_error(candidates) > kHopeless * kLseError) return give_up(i, served);
+      if (sure > users->floor[i] && others.lse_error(best) <= kSure * kLseError)
+        users->floor[i] = Kept::below(sure);
     });
   }
 
+  void give_up(int64_t i, std::vector<char>& served) {
+    served[i] = 0;
+    users->floor[i] = std::numeric_limits<float>::infinity();
+  }
+
+  // The most by which a chunk's scores may be off for a user.
+  double reach(int64_t chunk, int64_t i) const {
+    return users->per_error[i] * bounds[chunk].error + users->per_norm[i] * bounds[chunk].norm;
+  }
+
   // Candidates of a user beyond which reading all rows is cheaper than gathering some.
-  int64_t limit() const { return std::max(16 * k, filter.items / 8) + 8192; }
+  int64_t limit() const { return std::max(16 * k, filter.items / 32) + 8192; }
 
   // Exact scores, the best of them, and lse: false where the user has to be served without the filter.
   bool finish(int64_t user, int64_t i) {
     const int64_t count = static_cast<int64_t>(chunks.size()) - 1,
                   n = static_cast<int64_t>(kept.size()) / count;
     Kept all = kept[i];
-    SoftmaxParts rest;  // of all items without an exact score
-    float error = 0, norm = 0;
+    Around rest;  // of all items without an exact score
     for (int64_t chunk = 0; chunk < count; chunk++) {
       const Kept& part = kept[chunk * n + i];
       if (part.lost) return false;
@@ -275,28 +333,23 @@ class Search {
         all.candidates.insert(all.candidates.end(), part.candidates.begin(), part.candidates.end());
       const double sum = sums[chunk * n + i];
       if (sum > std::numeric_limits<float>::max()) return false;  // the floor rose far above the unit's base
-      rest.add(part.base, sum);
-      rest.add(part.dropped.maximum, part.dropped.sum);
-      error = std::max(error, bounds[chunk].error);
-      norm = std::max(norm, bounds[chunk].norm);
+      rest.add(part.base, sum, reach(chunk, i));
+      rest.add(part.dropped.maximum, part.dropped.sum, reach(chunk, i));
     }
-    if (static_cast<int64_t>(all.candidates.size()) > limit()) return false;
     // Those that may be among the best come first. The others only make lse exact where it has to be.
     const double sure = Kept::kth_sure(all.candidates, k);
-    const auto middle = std::partition(all.candidates.begin(), all.candidates.end(), [&](const Candidate& c) {
-      return static_cast<double>(c.score) + c.reach >= sure;
-    });
+    const auto middle = std::partition(all.candidates.begin(), all.candidates.end(),
+                                       [&](const Candidate& c) { return Kept::reaches(c, sure); });
     const int64_t first = middle - all.candidates.begin(),
                   count_all = static_cast<int64_t>(all.candidates.size());
-    SoftmaxParts with_others = rest;
-    for (auto c = middle; c != all.candidates.end(); c++) with_others.add(c->score, 1);
-    const double reach = users->per_error[i] * error + users->per_norm[i] * norm;
+    Around with_others = rest;
+    for (auto c = middle; c != all.candidates.end(); c++) with_others.add(c->score, 1, c->reach);
     Exact exact(count_all);
     rescore(user, all.candidates, 0, first, exact);
-    if (write(user, exact, with_others, reach)) return true;
+    if (write(user, exact, with_others)) return true;
     if (first == count_all) return false;
     rescore(user, all.candidates, first, count_all, exact);
-    return write(user, exact, rest, reach);
+    return write(user, exact, rest);
   }
 
   struct Exact {
@@ -326,13 +379,12 @@ class Search {
     }
   }
 
-  // Each score of `rest` lies within `reach`.
-  bool write(int64_t user, const Exact& of, const SoftmaxParts& rest, double reach) {
+  bool write(int64_t user, const Exact& of, const Around& rest) {
     const std::vector<int64_t>& ids = of.ids;
     const std::vector<double>& scores = of.scores;
     std::vector<int64_t> order;
     SoftmaxParts softmax;
-    bool nan = rest.sum != rest.sum;  // of a bias
+    bool nan = false;
     for (size_t j = 0; j < ids.size(); j++) {
       nan |= scores[j] != scores[j];
       if (!(scores[j] > -kInf)) continue;
@@ -341,13 +393,8 @@ class Search {
     }
     const int64_t found = static_cast<int64_t>(order.size());
     if (found < k) return false;
-    if (!nan && rest.sum > 0) {
-      // lse is right within log(1 + p·(e^reach - 1)), p the share of what has no exact score.
-      const double share = softmax.sum > 0 ? 1 / (1 + std::exp(softmax.lse() - rest.lse())) : 1;
-      const double within = std::log1p(share * (std::expm1(reach) + kExpError));
-      if (!(within <= kLseError)) return false;
-      softmax.add(rest.maximum, rest.sum);
-    }
+    if (!nan && !(rest.lse_error(softmax) <= kLseError)) return false;
+    softmax.add(rest.sum.maximum, rest.sum.sum);
     const auto before = [&](int64_t x, int64_t y) {
       return scores[x] > scores[y] || (scores[x] == scores[y] && ids[x] < ids[y]);
     };
@@ -371,9 +418,11 @@ class Search {
   int64_t pieces = 1, groups = kPanelItems;
   std::optional<Users> users;
   FilterUsers view;
-  std::vector<Kept> kept;          // [chunks][users]
-  std::vector<double> sums;        // likewise
-  std::vector<FilterSums> bounds;  // [chunks]
+  std::vector<float> sure_floor;            // what k items of a user reach
+  std::vector<Kept> kept;                   // [chunks][users]
+  std::vector<double> sums;                 // likewise
+  std::vector<FilterSums> bounds;           // [chunks]
+  std::vector<std::atomic<int64_t>> taken;  // candidates of each user
 };
 
 }  // namespace
@@ -414,13 +463,14 @@ void check_filter(const char* op, const Tensor& catalog, const OptionalTensor& f
   to->error = static_cast<const BFloat16*>(error->const_data_ptr());
 }
 
-std::vector<int64_t> catalog_topk_filtered(const Attention& a, int64_t batch, const CatalogFilter& filter,
-                                           const TopkOptions& options, const TopkResults& results) {
-  std::vector<int64_t> others;
+Unserved catalog_topk_filtered(const Attention& a, int64_t batch, const CatalogFilter& filter,
+                               const TopkOptions& options, const TopkResults& results) {
+  Unserved others;
   const Kernels& tier = kernels(a.element);
   if (!filter.codes || !tier.catalog_filter_scan || filter.items < kFewestItems ||
       filter.items < kSampleItems * results.k) {
-    for (int64_t b = 0; b < batch; b++) others.push_back(b);
+    for (int64_t b = 0; b < batch; b++) others.users.push_back(b);
+    others.out_of_reach.assign(batch, -std::numeric_limits<float>::infinity());
     return others;
   }
   CatalogFilter with_bias = filter;

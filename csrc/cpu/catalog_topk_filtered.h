@@ -21,9 +21,15 @@ struct TopkResults {
 void check_filter(const char* op, const Tensor& catalog, const OptionalTensor& filter,
                   const OptionalTensor& scale, const OptionalTensor& error, CatalogFilter* to);
 
-// Fills in the results of those users whom the filter serves and returns the others, rising. `options` has
-// exclusions and bias; its k is not read.
-std::vector<int64_t> catalog_topk_filtered(const Attention& a, int64_t batch, const CatalogFilter& filter,
-                                           const TopkOptions& options, const TopkResults& results);
+// Users whom the filter does not serve, rising, and for each a score that is not among its k best.
+struct Unserved {
+  std::vector<int64_t> users;
+  std::vector<float> out_of_reach;
+};
+
+// Fills in the results of those users whom the filter serves and returns the others. `options` has exclusions
+// and bias; its k is not read.
+Unserved catalog_topk_filtered(const Attention& a, int64_t batch, const CatalogFilter& filter,
+                               const TopkOptions& options, const TopkResults& results);
 
 }  // namespace attnrec::cpu

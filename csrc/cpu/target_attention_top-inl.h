@@ -23,13 +23,14 @@ struct Heaviest {
     for (int r = 0; r < rows; r++) counts[r] = 0;
   }
 
-  // Takes in the scores of the events first … first + n. They are -inf (never kept) from n to the next whole
-  // register.
-  void take(int row, int64_t first, int n, const Real* scores) {
+  // Takes in the scores of the events first … first + n that are above `least`. They are -inf (never kept)
+  // from n to the next whole register.
+  void take(int row, int64_t first, int n, const Real* scores,
+            Real least = -std::numeric_limits<Real>::infinity()) {
     Entry* heap = of(row);
     int64_t count = counts[row];
     // A later event loses a tie, so only a higher score enters a full heap.
-    Real threshold = count == most ? heap[0].score : -std::numeric_limits<Real>::infinity();
+    Real threshold = count == most ? heap[0].score : least;
     for (int i = 0; i < n; i += V::kWidth) {
       for (uint32_t lanes = V::above(V::load(scores + i), threshold); lanes; lanes &= lanes - 1) {
         const int at = i + __builtin_ctz(lanes);

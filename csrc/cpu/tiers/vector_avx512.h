@@ -45,6 +45,14 @@ struct Avx512Vector {
   ATTNREC_INLINE float maximum(Reg r) { return _mm512_reduce_max_ps(r); }
   // A bit for each lane that is above x, none where NaN.
   ATTNREC_INLINE uint32_t above(Reg r, float x) { return _mm512_cmp_ps_mask(r, set1(x), _CMP_GT_OQ); }
+  // Sets of lanes. `at_most` has none where NaN.
+  using Mask = __mmask16;
+  ATTNREC_INLINE Mask all_lanes() { return 0xffff; }
+  ATTNREC_INLINE Mask at_most(Reg r, float x) { return _mm512_cmp_ps_mask(r, set1(x), _CMP_LE_OQ); }
+  ATTNREC_INLINE Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
+  ATTNREC_INLINE bool all(Mask m) { return _kortestc_mask16_u8(m, m); }
+  ATTNREC_INLINE uint32_t lanes(Mask m) { return m; }
+  ATTNREC_INLINE Reg add_where(Mask m, Reg a, Reg b) { return _mm512_mask_add_ps(a, m, a, b); }
   // The first n lanes of r, `fill` in the others.
   ATTNREC_INLINE Reg first(Reg r, int n, float fill) {
     const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);

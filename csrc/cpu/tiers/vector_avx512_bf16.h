@@ -69,11 +69,11 @@ struct Avx512Bf16Vector : Avx512Vector {
     p = fma(p, f, set1(6.9312418e-1f));
     return _mm512_scalef_ps(fma(p, f, set1(1.0f)), n);
   }
-  // 2^x to 1.8e-3 for a finite x: minimax of the fractional part, and scaled by the whole one.
+  // 2^(x / 2^23 - 127) to 3 % for an x below 2^31, 0 below 0: x as the bits of a number. What has
+  // kExp2RoughShift in place of 127 · 2^23 is too large as often as it is too small.
+  static constexpr float kExp2RoughShift = (127 - 0.0437f) * 0x1p23f;
   ATTNREC_INLINE Reg exp2_rough(Reg x) {
-    const Reg f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const Reg p = fma(fma(set1(0.33718932f), f, set1(0.6576367f)), f, set1(1.0017246f));
-    return _mm512_scalef_ps(p, x);
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_cvtps_epi32(x), _mm512_setzero_si512()));
   }
 
  private:

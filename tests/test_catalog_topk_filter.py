@@ -216,6 +216,27 @@ def test_the_bound_has_the_items_rounding(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_user_in_two_parts(kind, dtype):
+    """Items that the codes hold exactly, and long because of what all have in common: one part of a user
+    leaves the log-sum-exp unknown."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-1, 2, (ITEMS, 32), generator=generator).to(dtype)
+    rows[:, 0] = 127
+    rows, users = rows / 4, normal(64, 32)
+    users[:, 0] *= 3
+    filters = made(rows, kind)
+    assert (filters["filter_error"][:, 0] == 0).all()
+    exclude_ids, exclude_offsets = exclusions(64, ITEMS, 500)
+    for options in ({}, {"exclude_ids": exclude_ids, "exclude_offsets": exclude_offsets}):
+        plain = ops.call("catalog_topk", users.to(dtype), rows, 50, **options)
+        found = check(users.to(dtype), rows, 50, filters, **options)
+        if dtype == torch.float32:  # numbers of bf16 need no second part in bf16
+            assert (found[2] != plain[2]).sum() > 50  # the filter's own, from rough exponentials
+            torch.testing.assert_close(found[2], plain[2], rtol=0, atol=0.035)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_nan_and_infinite_rows(kind):
     users, rows = normal(5, 16), normal(ITEMS, 16, seed=1)
     rows[7], rows[9_000, 3], rows[19_999] = NAN, NAN, NAN

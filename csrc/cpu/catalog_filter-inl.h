@@ -4,175 +4,14 @@
 // while it is in a register.
 #pragma once
 
-#include "cpu/catalog_filter.h"
-#include "cpu/products-inl.h"
+#include "cpu/catalog_filter_rows-inl.h"
 
 namespace attnrec::cpu {
 namespace {
 
-constexpr int kFilterRows = 8;     // of a block: 8 x 2 accumulators
-constexpr int kFilterSpan = 16;    // panels that all rows meet while they are in L1 or L2
-constexpr int kFilterBuffer = 64;  // candidates of a row, beside room for those of one panel
-constexpr float kHiddenScore = -1e30f;
-constexpr float kLargestBound = std::numeric_limits<float>::infinity();
-
-// Products of codes: 2 bf16 numbers or 4 bytes at once. A tier with V::kPairs has both.
-template <class V, Code kCode>
-struct CodeProducts {
-  ATTNREC_INLINE typename V::Reg start(int32_t x) {
-    return kCode == Code::kInt8 ? V::set1_pairs(static_cast<uint32_t>(x)) : V::zero();
-  }
-  ATTNREC_INLINE typename V::Reg multiply_add(typename V::Reg item, typename V::Reg user,
-                                              typename V::Reg sum) {
-    return kCode == Code::kInt8 ? V::dot_bytes(sum, item, user) : V::dot(sum, item, user);
-  }
-  ATTNREC_INLINE typename V::Reg number(typename V::Reg sum, const float* scale) {
-    return kCode == Code::kInt8 ? V::mul(V::from_int32(sum), V::load(scale)) : sum;
-  }
-};
-
-// A unit's rows, up to whole blocks: the last block has 1, 2, 4 or 8 rows, and the absent ones find nothing.
-struct FilterRows {
-  int count, depth;
-  uint32_t* codes;  // block by block [depth][rows of the block]
-  int32_t* start;
-  float *unit, *per_error, *per_norm, *floor;
-  int64_t* next_excluded;  // of each block, the first one that no panel has had so far
-
-  FilterRows(Arena& arena, const FilterUnit& of, const CatalogFilter& filter)
-      : count(static_cast<int>(round_up(of.rows, kFilterRows))),
-        depth(filter.depth()),
-        codes(arena.take<uint32_t>(static_cast<int64_t>(count) * depth)),
-        start(arena.take<int32_t>(count)),
-        unit(arena.take<float>(count)),
-        per_error(arena.take<float>(count)),
-        per_norm(arena.take<float>(count)),
-        floor(arena.take<float>(count)),
-        next_excluded(arena.take<int64_t>(count / kFilterRows)) {}
-
-  static int block_rows(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
-
-  void load(const FilterUsers& users, const FilterUnit& of) {
-    for (int row = 0; row < of.rows; row += kFilterRows) {
-      const int m = block_rows(static_cast<int>(least(kFilterRows, of.rows - row)));
-      for (int r = row; r < row + m; r++) {
-        const bool there = r < of.rows;
-        const int64_t user = of.first + r;
-        for (int d = 0; d < depth; d++)
-          codes[row * depth + d * m + r - row] = there ? users.codes[user * depth + d] : 0;
-        start[r] = there ? users.start[user] : 0;
-        unit[r] = there ? users.unit[user] : 0;
-        per_error[r] = there ? users.per_error[user] : 0;
-        per_norm[r] = there ? users.per_norm[user] : 0;
-        floor[r] = there && users.floor ? users.floor[user] : std::numeric_limits<float>::infinity();
-      }
-      next_excluded[row / kFilterRows] = users.excluded ? -1 : INT64_MAX;
-    }
-  }
-};
-
-// The largest of 32 pairs of numbers of at least 0, whose bits order as they do; and of the finite ones.
-struct PairMaxima {
-  typedef uint16_t Pairs __attribute__((vector_size(64)));  // 16 of them
-  Pairs all = {}, finite = {};
-
-  ATTNREC_MEMBER void take(const BFloat16* pairs) {
-    Pairs x;
-    std::memcpy(&x, pairs, sizeof x);
-    all = x > all ? x : all;
-    const Pairs kept = x & (x < 0x7f80);
-    finite = kept > finite ? kept : finite;
-  }
-  static void reduce(const Pairs& x, float* first, float* second) {
-    typedef uint16_t Half __attribute__((vector_size(32)));
-    typedef uint16_t Quarter __attribute__((vector_size(16)));
-    Half h[2];
-    std::memcpy(h, &x, sizeof h);
-    const Half of_two = h[0] > h[1] ? h[0] : h[1];
-    Quarter q[2];
-    std::memcpy(q, &of_two, sizeof q);
-    const Quarter left = q[0] > q[1] ? q[0] : q[1];
-    uint16_t most[2] = {left[0], left[1]};
-    for (int i = 2; i < 8; i++) most[i % 2] = left[i] > most[i % 2] ? left[i] : most[i % 2];
-    *first = to_float(BFloat16{most[0]});
-    *second = to_float(BFloat16{most[1]});
-  }
-};
-
-// What is prepared of a span of panels. The panel that N cuts short is copied, so that nothing is read
-// beyond.
-struct FilterSpan {
-  int count = 0;
-  int64_t panels[kFilterSpan];
-  float error[kFilterSpan], norm[kFilterSpan], beyond[kFilterSpan];  // the largest of a panel
-  const float *scale[kFilterSpan], *bias[kFilterSpan];               // of a panel's items
-  float *last_scale, *biases;
-
-  explicit FilterSpan(Arena& arena)
-      : last_scale(arena.take<float>(kPanelItems)), biases(arena.take<float>(kFilterSpan * kPanelItems)) {}
-
-  // Before the first.
-  void clear() {
-    for (int i = 0; i < kPanelItems; i++) last_scale[i] = 0;
-    for (int i = 0; i < kFilterSpan * kPanelItems; i++) biases[i] = 0;
-  }
-
-  void load(const CatalogFilter& filter, FilterSums& sums) {
-    PairMaxima of_span;
-    for (int p = 0; p < count; p++) {
-      const int64_t first = panels[p] * kPanelItems;
-      const int n = static_cast<int>(least(kPanelItems, filter.items - first));
-      const BFloat16* errors = filter.error + 2 * first;
-      BFloat16 copied[2 * kPanelItems] = {};
-      if (n < kPanelItems) {
-        for (int i = 0; i < 2 * n; i++) copied[i] = errors[i];
-        for (int i = 0; filter.scale && i < n; i++) last_scale[i] = filter.scale[first + i];
-        errors = copied;
-      }
-      PairMaxima of_panel;
-      of_panel.take(errors);
-      of_panel.take(errors + kPanelItems);
-      PairMaxima::reduce(of_panel.all, &error[p], &norm[p]);
-      of_span.finite = of_panel.finite > of_span.finite ? of_panel.finite : of_span.finite;
-      scale[p] = n < kPanelItems || !filter.scale ? last_scale : filter.scale + first;
-      // A score is rounded a few times more where the bias comes in; the rest keeps 0 apart from 0.
-      beyond[p] = 4 * std::numeric_limits<float>::min();
-      bias[p] = biases;
-      if (filter.bias) {
-        bias[p] = biases + p * kPanelItems;
-        beyond[p] += load_bias(filter, first, n, biases + p * kPanelItems) * 0x1p-21f;
-      }
-    }
-    float largest[2];
-    PairMaxima::reduce(of_span.finite, &largest[0], &largest[1]);
-    sums.error = largest[0] > sums.error ? largest[0] : sums.error;
-    sums.norm = largest[1] > sums.norm ? largest[1] : sums.norm;
-  }
-
- private:
-  // Returns the largest |bias| that does not hide, inf where one is NaN.
-  static float load_bias(const CatalogFilter& filter, int64_t first, int n, float* to) {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    float most = 0;
-    if (filter.bias_element == Element::kFloat32 && filter.bias_stride == 1) {
-      std::memcpy(to, static_cast<const float*>(filter.bias) + first, n * sizeof(float));
-    } else {
-      for (int i = 0; i < n; i++)
-        to[i] = load_element<float>(filter.bias, (first + i) * filter.bias_stride, filter.bias_element);
-    }
-    for (int i = 0; i < n; i++) {
-      const float size = to[i] < 0 ? -to[i] : to[i], large = size <= kInfinity ? size : kInfinity;
-      const bool hides = to[i] <= kHiddenScore;
-      to[i] = hides ? kHiddenScore : to[i];  // so that an exponential of it is 0, not NaN
-      most = !hides && large > most ? large : most;
-    }
-    return most;
-  }
-};
-
 // Scores M rows, those from `row` on, against a span: readout.take<M>(row, p, scores), scores being a panel's
 // registers of each row.
-template <class V, Code kCode, int M, class Readout>
+template <class V, Code kCode, int kParts, int M, class Readout>
 void score_panels(const CatalogFilter& filter, const FilterRows& rows, int row, const FilterSpan& span,
                   Readout& readout) {
   using Products = CodeProducts<V, kCode>;
@@ -180,51 +19,47 @@ void score_panels(const CatalogFilter& filter, const FilterRows& rows, int row, 
   const int depth = rows.depth;
   for (int p = 0; p < span.count; p++) {
     const uint32_t *item_codes = filter.codes + span.panels[p] * depth * kPanelItems,
-                   *user_codes = rows.codes + static_cast<int64_t>(row) * depth;
-    typename V::Reg sum[M][kRegisters];
+                   *user_codes = rows.codes + static_cast<int64_t>(row) * kParts * depth;
+    typename V::Reg sum[kParts * M][kRegisters];
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
+    for (int r = 0; r < kParts * M; r++) {
 #pragma GCC unroll 8
-      for (int j = 0; j < kRegisters; j++) sum[r][j] = Products::start(rows.start[row + r]);
+      for (int j = 0; j < kRegisters; j++) sum[r][j] = Products::start(rows.start[row * kParts + r]);
     }
 #pragma GCC unroll 4
-    for (int d = 0; d < depth; d++, item_codes += kPanelItems, user_codes += M) {
+    for (int d = 0; d < depth; d++, item_codes += kPanelItems, user_codes += kParts * M) {
       typename V::Reg item[kRegisters];
 #pragma GCC unroll 8
       for (int j = 0; j < kRegisters; j++) item[j] = V::load_pairs(item_codes + j * W);
 #pragma GCC unroll 8
-      for (int r = 0; r < M; r++) {
+      for (int r = 0; r < kParts * M; r++) {
         const typename V::Reg user = V::set1_pairs(user_codes[r]);
 #pragma GCC unroll 8
         for (int j = 0; j < kRegisters; j++) sum[r][j] = Products::multiply_add(item[j], user, sum[r][j]);
       }
     }
+    typename V::Reg score[M][kRegisters];
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
       const typename V::Reg unit = V::set1(rows.unit[row + r]);
 #pragma GCC unroll 8
       for (int j = 0; j < kRegisters; j++) {
-        sum[r][j] =
-            V::fma(Products::number(sum[r][j], span.scale[p] + j * W), unit, V::load(span.bias[p] + j * W));
+        const typename V::Reg number =
+            Products::template number<kParts>(&sum[kParts * r][j], kRegisters, span.scale[p] + j * W);
+        score[r][j] = V::fma(number, unit, V::load(span.bias[p] + j * W));
       }
     }
-    readout.template take<M>(row, p, sum);
+    readout.template take<M>(row, p, score);
   }
 }
 
-template <class V, Code kCode, class Readout>
+template <class V, Code kCode, int kParts, class Readout>
 void score_block(const CatalogFilter& filter, const FilterRows& rows, int row, int m, const FilterSpan& span,
                  Readout& readout) {
-  switch (m) {
-    case 1:
-      return score_panels<V, kCode, 1>(filter, rows, row, span, readout);
-    case 2:
-      return score_panels<V, kCode, 2>(filter, rows, row, span, readout);
-    case 4:
-      return score_panels<V, kCode, 4>(filter, rows, row, span, readout);
-    default:
-      return score_panels<V, kCode, 8>(filter, rows, row, span, readout);
-  }
+  if (m == 1) return score_panels<V, kCode, kParts, 1>(filter, rows, row, span, readout);
+  if (m == 2) return score_panels<V, kCode, kParts, 2>(filter, rows, row, span, readout);
+  if (m == 4) return score_panels<V, kCode, kParts, 4>(filter, rows, row, span, readout);
+  if constexpr (kParts == 1) score_panels<V, kCode, 1, 8>(filter, rows, row, span, readout);
 }
 
 // What both readouts know: which items of a panel are not to be counted for a row, and how far a panel's
@@ -250,7 +85,7 @@ struct FilterReadout {
   ATTNREC_MEMBER void hide(int row, int p, Reg (&scores)[M][kRegisters], uint32_t (&hidden)[M]) {
     const int64_t end = (span.panels[p] + 1) * kPanelItems;
     for (int r = 0; r < M; r++) hidden[r] = 0;
-    if (__builtin_expect(end <= filter.items && rows.next_excluded[row / kFilterRows] >= end, 1)) return;
+    if (__builtin_expect(end <= filter.items && rows.next_excluded[row / rows.together] >= end, 1)) return;
     float lanes[M][kPanelItems];
     store<M>(scores, lanes);
     listed(row, M, p, lanes[0], hidden);
@@ -269,17 +104,16 @@ struct FilterReadout {
     int64_t next = INT64_MAX;
     for (int r = 0; r < count; r++, lanes += kPanelItems) {
       uint32_t bits = end <= filter.items ? 0 : ~uint32_t{0} << (filter.items - first);
-      const int64_t after =
-          row + r < unit.rows ? listed_of(unit.first + row + r, first, end, bits) : INT64_MAX;
-      next = after < next ? after : next;
+      int64_t& of_row = rows.next_of_row[row + r];
+      if (of_row < end) of_row = listed_of(unit.user(row + r), first, end, bits);
+      next = of_row < next ? of_row : next;
       hidden[r] = bits;
       for (; bits; bits &= bits - 1) lanes[__builtin_ctz(bits)] = kHiddenScore;
     }
-    rows.next_excluded[row / kFilterRows] = next;
+    rows.next_excluded[row / rows.together] = next;
   }
   // Adds the bits of a user's excluded items, and returns the first one behind them.
   int64_t listed_of(int64_t user, int64_t first, int64_t end, uint32_t& bits) {
-    if (!users.excluded) return INT64_MAX;
     const int64_t *id = users.excluded + users.exclude_offsets[user],
                   *last = users.excluded + users.exclude_offsets[user + 1];
     for (int64_t n = last - id; n > 0;) {
@@ -365,8 +199,8 @@ struct ScanReadout : FilterReadout<V> {
       Reg total = V::load(totals + (row + r) * V::kWidth);
 #pragma GCC unroll 8
       for (int j = 0; j < Base::kRegisters; j++) {
-        // None where a score is NaN: codes of an item that is not bounded may be anything.
-        const typename V::Mask below = V::at_most(scores[r][j], above[r]);
+        // None where a score is NaN or -inf: codes of an item that is not bounded may be anything.
+        const typename V::Mask below = V::below(scores[r][j], above[r]);
         total = V::add_where(below, total, exponential(row + r, scores[r][j]));
         none = V::both(none, below);
       }
@@ -378,7 +212,7 @@ struct ScanReadout : FilterReadout<V> {
     for (int r = 0; r < M; r++) {
       uint32_t below = hidden[r];
       for (int j = 0; j < Base::kRegisters; j++)
-        below |= V::lanes(V::at_most(scores[r][j], above[r])) << (j * V::kWidth);
+        below |= V::lanes(V::below(scores[r][j], above[r])) << (j * V::kWidth);
       hidden[r] = below;
     }
     for (int r = 0; r < M; r++) {
@@ -436,6 +270,8 @@ void score_unit(const CatalogFilter& filter, const FilterUnit& unit, FilterRows&
                 FilterSums& sums, Readout& readout, BeforeSpan&& before_span) {
   span.clear();
   for (int64_t panel = unit.first_panel; panel < unit.last_panel; panel += kFilterSpan) {
+    const bool early = panel / kFilterSpan % kEarly == 0;
+    if (unit.spans != FilterUnit::Spans::kAll && early != (unit.spans == FilterUnit::Spans::kEarly)) continue;
     span.count = static_cast<int>(least(kFilterSpan, unit.last_panel - panel));
     for (int p = 0; p < span.count; p++) span.panels[p] = unit.listed ? unit.listed[panel + p] : panel + p;
     span.load(filter, sums);
@@ -446,13 +282,13 @@ void score_unit(const CatalogFilter& filter, const FilterUnit& unit, FilterRows&
       const uint32_t* codes = filter.codes + unit.listed[next] * rows.depth * kPanelItems;
       for (int d = 0; d < rows.depth * kPanelItems; d += 16) __builtin_prefetch(codes + d, 0, 2);
     }
-    for (int row = 0; row < unit.rows; row += kFilterRows) {
-      const int m = FilterRows::block_rows(static_cast<int>(least(kFilterRows, unit.rows - row)));
-      if (filter.code == Code::kInt8) {
-        score_block<V, Code::kInt8>(filter, rows, row, m, span, readout);
-      } else {
-        score_block<V, Code::kBFloat16>(filter, rows, row, m, span, readout);
-      }
+    const bool bytes = filter.code == Code::kInt8;
+    for (int row = 0; row < unit.rows; row += rows.together) {
+      const int m = FilterRows::block_rows(static_cast<int>(least(rows.together, unit.rows - row)));
+      if (bytes && rows.parts == 1) score_block<V, Code::kInt8, 1>(filter, rows, row, m, span, readout);
+      if (bytes && rows.parts == 2) score_block<V, Code::kInt8, 2>(filter, rows, row, m, span, readout);
+      if (!bytes && rows.parts == 1) score_block<V, Code::kBFloat16, 1>(filter, rows, row, m, span, readout);
+      if (!bytes && rows.parts == 2) score_block<V, Code::kBFloat16, 2>(filter, rows, row, m, span, readout);
     }
   }
 }

@@ -11,6 +11,8 @@
 namespace attnrec::cpu {
 
 constexpr int kPanelItems = 32;
+constexpr int kFilterSpan = 16;  // panels that all rows meet while they are in L1 or L2
+constexpr int kEarly = 4;        // of so many spans one goes first
 
 enum class Code : int { kBFloat16, kInt8 };
 
@@ -32,23 +34,33 @@ struct CatalogFilter {
   int64_t panels() const { return (items + kPanelItems - 1) / kPanelItems; }
 };
 
+// A user is rounded in two parts, the second one what the first one lost, in bytes of so much of the first
+// one's step. Its second part makes a score's error that of the item's rounding, and takes as long again.
+constexpr int kUserParts = 2;
+constexpr float kFineStep = 1.0f / 254;
+
 // The users' side, each [users]. A score is unit · (codes · codes) + bias within `reach`, which is
 // per_error · |e - ê| + per_norm · |e| and what rounding in fp32 may add.
 struct FilterUsers {
-  const uint32_t* codes = nullptr;  // [users][depth]
-  const int32_t* start = nullptr;   // of int8: what takes back the 128 in the items' codes
-  const float *unit = nullptr, *per_error = nullptr, *per_norm = nullptr;
-  const float* floor = nullptr;  // k items or more score at least as much; inf: find nothing
+  const uint32_t* codes = nullptr;  // [users][kUserParts][depth]
+  const int32_t* start = nullptr;   // likewise, of int8: what takes back the 128 in the items' codes
+  const float *unit = nullptr, *per_error = nullptr;
+  const float* per_norm = nullptr;  // of as many parts as the unit takes
+  const float* floor = nullptr;     // k items or more score at least as much; inf: find nothing
   // As TopkOptions'.
   const int64_t *excluded = nullptr, *exclude_offsets = nullptr;
 };
 
 // Some users against some panels.
 struct FilterUnit {
-  int64_t first = 0;
-  int rows = 0;
+  int rows = 0, parts = 1;
+  const int64_t* users = nullptr;  // the row's, or null: row r is user r
   int64_t first_panel = 0, last_panel = 0;
   const int64_t* listed = nullptr;  // panels, rising: the unit's are then listed[first_panel], ...
+  // Or of panels in a row one span in kEarly (they start at whole ones), or the others.
+  enum class Spans { kAll, kEarly, kLate } spans = Spans::kAll;
+
+  int64_t user(int row) const { return users ? users[row] : row; }
 };
 
 // An item that may be among the best: its score lies within `reach` of `score`.

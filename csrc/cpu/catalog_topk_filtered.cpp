@@ -8,6 +8,9 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/catalog_topk_candidates.h"
+#include "cpu/catalog_topk_users.h"
+
 namespace attnrec::cpu {
 namespace {
 
@@ -16,143 +19,10 @@ constexpr int64_t kSampleItems = 32;     // to have of the catalogue for each of
 constexpr int64_t kKeptBySample = 2048;  // candidates a user to aim at
 constexpr int64_t kGroupUsers = 256;     // whose candidates are in memory at once
 constexpr int64_t kUnits = 16;           // of the sample
-constexpr int64_t kChunks = 64;  // of the catalogue, of which one of kEarly goes first: it raises the floor
-constexpr int64_t kEarly = 4;    // B = 256, int8: 5,400 candidates a user become 2,000, 103 ms 87
-constexpr double kLseError = 0.1, kExpError = 0.03;  // the contract's, and that of exp2_rough
-constexpr double kSure = 0.8, kHopeless = 3;  // times kLseError: what a quarter of the catalogue foretells
-constexpr double kTooLarge = 1e18;
-constexpr double kInf = std::numeric_limits<double>::infinity();
-
-// A user's side of the filter, rounded, and what the rounding may do to a score.
-struct Users {
-  std::vector<uint32_t> codes;
-  std::vector<int32_t> start;
-  std::vector<float> unit, per_error, per_norm, floor;
-
-  Users(int64_t count, int depth)
-      : codes(count * depth), start(count), unit(count), per_error(count), per_norm(count), floor(count) {}
-
-  // False for a user that is not finite, or too large to bound.
-  bool round(const Attention& a, const CatalogFilter& filter, double temperature, int64_t user, int64_t at) {
-    const int dim = a.head_dim;
-    std::vector<double> exact(dim);
-    double largest = 0, squares = 0, kept = 0, lost = 0;
-    for (int d = 0; d < dim; d++) {
-      exact[d] = load_element<double>(a.query.at(user, 0, a.element), d, a.element);
-      largest = std::max(largest, std::abs(exact[d]));
-      squares += exact[d] * exact[d];
-    }
-    if (!(std::sqrt(squares) / temperature < kTooLarge)) return false;  // nor where one is NaN
-    uint32_t* to = &codes[at * filter.depth()];
-    const bool bytes = filter.code == Code::kInt8;
-    const float scale = !bytes ? 1.0f : largest < 1e-30 ? 0.0f : static_cast<float>(largest / 127);
-    int32_t sum = 0;
-    for (int d = 0; d < dim; d++) {
-      double rounded = 0;
-      if (bytes) {
-        const double code = scale > 0 ? std::nearbyint(exact[d] / scale) : 0;
-        const auto byte = static_cast<int32_t>(std::clamp(code, -127.0, 127.0));
-        rounded = byte * static_cast<double>(scale);
-        to[d / 4] |= static_cast<uint32_t>(byte & 0xff) << (d % 4 * 8);
-        sum += byte;
-      } else if (std::abs(exact[d]) >= 1e-30) {
-        const BFloat16 number = to_bfloat16(static_cast<float>(exact[d]));
-        rounded = to_float(number);
-        to[d / 2] |= static_cast<uint32_t>(number.bits) << (d % 2 * 16);
-      }
-      kept += rounded * rounded;
-      lost += (exact[d] - rounded) * (exact[d] - rounded);
-    }
-    // The filter's score and the exact one are sums in fp32, each within (D + 16)·2^-24·|u|·|e| of its terms.
-    const double sums = (dim + 32) * 0x1p-23 * std::sqrt(squares) + dim * 0x1p-120;
-    const double up = 1 + 1e-6;
-    start[at] = -128 * sum;
-    unit[at] = static_cast<float>(scale / temperature);
-    per_error[at] = static_cast<float>(std::max(std::sqrt(kept) / temperature * up, 1e-37));
-    per_norm[at] = static_cast<float>((std::sqrt(lost) + sums) / temperature * up + 1e-37);
-    return true;
-  }
-
-  FilterUsers view(const TopkOptions& options) const {
-    return {codes.data(),    start.data(), unit.data(),      per_error.data(),
-            per_norm.data(), floor.data(), options.excluded, options.exclude_offsets};
-  }
-};
-
-// A sum of exponentials that is known but for each one's `reach`, and by how much it may be too small.
-struct Around {
-  SoftmaxParts sum, excess;
-
-  void add(double maximum, double part, double reach) {
-    sum.add(maximum, part);
-    excess.add(maximum + reach, part * (1 + kExpError - std::exp(-reach)));
-  }
-  // By how much the lse of all is off at most: too small rather than too large.
-  double lse_error(const SoftmaxParts& exact) const {
-    if (!(sum.sum > 0)) return 0;
-    SoftmaxParts all = exact;
-    all.add(sum.maximum, sum.sum);
-    return std::log1p(std::exp(excess.lse() - all.lse()));
-  }
-};
-
-// What one unit keeps of a row. Grown without bound it would be the catalogue: past `most` what can no longer
-// be among the k best is dropped. The user is given up (`lost`) where all units together take too many.
-struct Kept {
-  std::vector<Candidate> candidates;
-  SoftmaxParts dropped;
-  float base = 0, floor = 0;
-  int64_t k = 0, most = 0, limit = 0;
-  std::atomic<int64_t>* taken = nullptr;  // by all units
-  bool lost = false;
-
-  float take(const Candidate* first, int n) {
-    // Whether it ends above the limit does not depend on who counts first.
-    if (lost || taken->fetch_add(n, std::memory_order_relaxed) + n > limit) {
-      lost = true;
-      candidates.clear();
-      return floor = std::numeric_limits<float>::infinity();
-    }
-    candidates.insert(candidates.end(), first, first + n);
-    if (static_cast<int64_t>(candidates.size()) > most) narrow();
-    return floor;
-  }
-
-  // The k-th best score that is sure: what cannot reach it goes.
-  void narrow() {
-    const double sure = kth_sure(candidates, k);
-    drop_below(sure);
-    floor = std::max(floor, below(sure));
-    most = std::max(most, 2 * static_cast<int64_t>(candidates.size()));
-  }
-
-  static bool reaches(const Candidate& c, double sure) {
-    return static_cast<double>(c.score) + c.reach >= sure;
-  }
-
-  void drop_below(double sure) {
-    size_t n = 0;
-    for (const Candidate& c : candidates) {
-      if (reaches(c, sure)) {
-        candidates[n++] = c;
-      } else {
-        dropped.add(c.score, 1);
-      }
-    }
-    candidates.resize(n);
-  }
-
-  static float below(double x) { return static_cast<float>(x - std::abs(x) * 1e-6); }
-
-  static double kth_sure(const std::vector<Candidate>& candidates, int64_t k) {
-    if (static_cast<int64_t>(candidates.size()) < k || k == 0) return -kInf;
-    std::vector<float> sure;
-    sure.reserve(candidates.size());
-    for (const Candidate& c : candidates) sure.push_back(c.sure());
-    std::nth_element(sure.begin(), sure.begin() + (k - 1), sure.end(), std::greater<>());
-    return sure[k - 1];
-  }
-};
+constexpr int64_t kChunks = 16;  // of the catalogue, each of kEarly units: a quarter of it goes first, which
+                                 // raises the floor. B = 256, int8: 5,400 candidates a user become 2,000
+constexpr double kLseError = 0.1;               // the contract's
+constexpr double kSure = 0.8, kHopeless = 1.5;  // times kLseError: what a quarter of the catalogue foretells
 
 // Panels to sample: one of `every`, and none of a fixed period, which a catalogue may have too.
 std::vector<int64_t> sampled_panels(int64_t whole_panels, int64_t every) {
@@ -174,57 +44,66 @@ class Search {
     // Groups of the sample, whole panels of them for each piece: 8 and more for each of the k.
     groups = kPanelItems;
     while (groups * pieces < 8 * k) groups *= 2;
-    chunks = chunk_bounds(filter.panels(), 128, kChunks);
+    // Of each piece every so many, so that all have their share of a catalogue that is sorted.
+    std::vector<int64_t> in_turn;
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      piece_bounds.push_back(static_cast<int64_t>(in_turn.size()));
+      for (size_t i = piece; i < panels.size(); i += pieces) in_turn.push_back(panels[i]);
+    }
+    piece_bounds.push_back(static_cast<int64_t>(in_turn.size()));
+    panels = in_turn;
+    make_units();
   }
 
   // Users first … first + n. Appends those it does not serve.
   void run(int64_t first, int64_t n, Unserved& others) {
     users.emplace(n, filter.depth());
-    std::vector<char> served(n, 1);
+    parts.assign(n, 1);
     for (int64_t i = 0; i < n; i++) {
-      served[i] = users->round(a, filter, options.temperature, first + i, i);
+      if (!users->round(a, filter, options.temperature, first + i, i)) parts[i] = 0;
     }
-    TopkOptions of_group = options;
+    of_group = options;
     if (options.excluded) of_group.exclude_offsets += first;
-    view = users->view(of_group);
-    find_floors(n, served);
-    kept.assign((chunks.size() - 1) * n, {});
-    sums.assign(kept.size(), 0);
-    bounds.assign(chunks.size() - 1, {});
+    find_floors(n);
+    const int64_t count = static_cast<int64_t>(units.size());
+    kept.assign(count * n, {});
+    sums.assign(count * n, 0);
+    bounds.assign(count, {});
     taken = std::vector<std::atomic<int64_t>>(n);
-    scan(n, served, true);
-    raise_floors(n, served);
-    scan(n, served, false);
+    scan(with_parts(1), 1, [](int64_t chunk) { return early(chunk); });
     for_each_unit(n, [&](int64_t i) {
-      if (served[i]) served[i] = finish(first + i, i);
+      if (parts[i]) look_ahead(i);
+    });
+    scan(with_parts(1), 1, [](int64_t chunk) { return !early(chunk); });
+    scan(with_parts(2), 2, [](int64_t) { return true; });
+    for_each_unit(n, [&](int64_t i) {
+      if (parts[i] && !finish(first + i, i)) parts[i] = 0;
     });
     for (int64_t i = 0; i < n; i++) {
-      if (served[i]) continue;
+      if (parts[i]) continue;
       others.users.push_back(first + i);
       others.out_of_reach.push_back(std::nextafter(sure_floor[i], -std::numeric_limits<float>::infinity()));
     }
   }
 
  private:
-  void find_floors(int64_t n, std::vector<char>& served) {
+  void find_floors(int64_t n) {
     const int64_t stride = groups * pieces;
     std::vector<float> best(n * stride, -std::numeric_limits<float>::infinity());
     sure_floor.resize(n);
-    const float* none = view.floor;
+    FilterUsers view = users->view(of_group, 1);
     view.floor = nullptr;
     for_each_unit(pieces, [&](int64_t piece) {
       FilterUnit unit;
       unit.rows = static_cast<int>(n);
-      const int64_t count = static_cast<int64_t>(panels.size());
-      unit.first_panel = piece * count / pieces;
-      unit.last_panel = (piece + 1) * count / pieces;
+      unit.first_panel = piece_bounds[piece];
+      unit.last_panel = piece_bounds[piece + 1];
       unit.listed = panels.data();
       float* to = best.data() + piece * groups;
       void* memory =
           thread_scratch(tier.catalog_filter_sample(filter, view, unit, nullptr, to, stride, groups));
       tier.catalog_filter_sample(filter, view, unit, memory, to, stride, groups);
     });
-    view.floor = none;
     for_each_unit(n, [&](int64_t i) {
       float* of_user = best.data() + i * stride;
       float floor = -std::numeric_limits<float>::infinity();
@@ -234,87 +113,159 @@ class Search {
       } else {
         floor = *std::max_element(of_user, of_user + stride);
       }
-      served[i] = served[i] && floor > -1e29f && floor < 1e29f;  // hidden ones score -1e30
-      sure_floor[i] = served[i] && k > 0 ? floor : -std::numeric_limits<float>::infinity();
-      users->floor[i] = served[i] ? floor : std::numeric_limits<float>::infinity();
+      if (!(floor > -1e29f && floor < 1e29f)) parts[i] = 0;  // hidden ones score -1e30
+      sure_floor[i] = parts[i] && k > 0 ? floor : -std::numeric_limits<float>::infinity();
+      users->floor[i] = floor;
     });
   }
 
-  static bool early(int64_t chunk) { return chunk % kEarly == 0; }
+  // A chunk's early unit has one in kEarly of its spans, which are as many as each of its other units has:
+  // where a catalogue is sorted, the early ones must foretell the others.
+  void make_units() {
+    const std::vector<int64_t> chunks =
+        chunk_bounds(filter.panels(), 4 * kEarly * kFilterSpan, kChunks);  // whole tiles of 128 panels
+    for (size_t i = 0; i + 1 < chunks.size(); i++) {
+      const int64_t first = chunks[i], last = chunks[i + 1], step = kEarly * kFilterSpan;
+      units.push_back({first, last, FilterUnit::Spans::kEarly});
+      for (int64_t late = 1, at = first; late < kEarly; late++) {
+        const int64_t end =
+            late + 1 < kEarly ? first + (last - first) * late / (kEarly - 1) / step * step : last;
+        units.push_back({at, end, FilterUnit::Spans::kLate});
+        at = end;
+      }
+    }
+  }
 
-  void scan(int64_t n, const std::vector<char>& served, bool early_ones) {
-    if (std::find(served.begin(), served.end(), 1) == served.end()) return;
+  static bool early(int64_t unit) { return unit % kEarly == 0; }
+
+  // Users whose scores are computed from so many parts.
+  std::vector<int64_t> with_parts(int wanted) const {
+    std::vector<int64_t> of;
+    for (size_t i = 0; i < parts.size(); i++) {
+      if (parts[i] == wanted) of.push_back(static_cast<int64_t>(i));
+    }
+    return of;
+  }
+
+  // What a scan's rows go to.
+  struct Rows {
+    Kept* kept;  // of all users
+    const int64_t* users;
+  };
+
+  template <class Wanted>
+  void scan(const std::vector<int64_t>& of, int with, const Wanted& wanted) {
+    if (of.empty()) return;
+    const int64_t n = static_cast<int64_t>(parts.size());
+    const FilterUsers view = users->view(of_group, with);
     std::vector<int64_t> todo;
-    for (int64_t chunk = 0; chunk + 1 < static_cast<int64_t>(chunks.size()); chunk++) {
-      if (early(chunk) == early_ones) todo.push_back(chunk);
+    for (int64_t chunk = 0; chunk < static_cast<int64_t>(units.size()); chunk++) {
+      if (wanted(chunk)) todo.push_back(chunk);
     }
     for_each_unit(static_cast<int64_t>(todo.size()), [&](int64_t at) {
       const int64_t chunk = todo[at];
-      Kept* rows = &kept[chunk * n];
-      for (int64_t i = 0; i < n; i++) {
-        rows[i].base = rows[i].floor = users->floor[i];
-        rows[i].k = k;
-        rows[i].most = 4 * k + 1024;
-        rows[i].limit = limit();
-        rows[i].taken = &taken[i];
-        rows[i].lost = !served[i];
+      Rows rows{&kept[chunk * n], of.data()};
+      for (int64_t i : of) {
+        Kept& row = rows.kept[i];
+        row = {};
+        row.base = row.floor = users->floor[i];
+        row.k = k;
+        row.most = 4 * k + 1024;
+        row.limit = limit();
+        row.taken = &taken[i];
       }
       FilterUnit unit;
-      unit.rows = static_cast<int>(n);
-      unit.first_panel = chunks[chunk];
-      unit.last_panel = chunks[chunk + 1];
+      unit.rows = static_cast<int>(of.size());
+      unit.parts = with;
+      unit.users = of.data();
+      unit.first_panel = units[chunk].first_panel;
+      unit.last_panel = units[chunk].last_panel;
+      unit.spans = units[chunk].spans;
       CandidateSink sink;
-      sink.context = rows;
+      sink.context = &rows;
       sink.take = [](void* context, int row, const Candidate* candidates, int found) {
-        return static_cast<Kept*>(context)[row].take(candidates, found);
+        const Rows& to = *static_cast<const Rows*>(context);
+        return to.kept[to.users[row]].take(candidates, found);
       };
+      std::vector<double> found_sums(of.size());
       FilterSums& found = bounds[chunk];
-      found.sum = &sums[chunk * n];
+      found.sum = found_sums.data();
       void* memory = thread_scratch(tier.catalog_filter_scan(filter, view, unit, nullptr, sink, found));
       tier.catalog_filter_scan(filter, view, unit, memory, sink, found);
+      for (size_t row = 0; row < of.size(); row++) sums[chunk * n + of[row]] = found_sums[row];
     });
   }
 
-  // The floors that the early chunks' candidates give, as far as lse can do without exact scores of what is
-  // below. Users whose lse will not come near its bound are given up.
-  void raise_floors(int64_t n, std::vector<char>& served) {
-    for_each_unit(n, [&](int64_t i) {
-      if (!served[i]) return;
-      std::vector<Candidate> all;
-      Around rest;
-      for (int64_t chunk = 0; chunk + 1 < static_cast<int64_t>(chunks.size()); chunk += kEarly) {
-        const Kept& part = kept[chunk * n + i];
-        if (part.lost) return give_up(i, served);
-        all.insert(all.end(), part.candidates.begin(), part.candidates.end());
-        rest.add(part.base, sums[chunk * n + i], reach(chunk, i));
-        rest.add(part.dropped.maximum, part.dropped.sum, reach(chunk, i));
+  // What the early chunks say of a user: a higher floor, as far as lse can do without exact scores of what is
+  // below; that lse needs both parts of the user, which go over the catalogue anew; or that the filter will
+  // not do.
+  void look_ahead(int64_t i) {
+    const int64_t n = static_cast<int64_t>(parts.size());
+    std::vector<Candidate> all;
+    Around rest[kUserParts];
+    for (int64_t chunk = 0; chunk < static_cast<int64_t>(units.size()); chunk += kEarly) {
+      const Kept& part = kept[chunk * n + i];
+      if (part.lost) return give_up(i);
+      all.insert(all.end(), part.candidates.begin(), part.candidates.end());
+      for (int with = 1; with <= kUserParts; with++) {
+        rest[with - 1].add(part.base, sums[chunk * n + i], reach(chunk, i, with));
+        rest[with - 1].add(part.dropped.maximum, part.dropped.sum, reach(chunk, i, with));
       }
-      const double sure = Kept::kth_sure(all, k);
-      sure_floor[i] = std::max(sure_floor[i], Kept::below(sure));
-      SoftmaxParts best, candidates;
-      Around others = rest;
-      for (const Candidate& c : all) {
-        candidates.add(c.score, 1);
-        if (Kept::reaches(c, sure)) {
-          best.add(c.score, 1);
-        } else {
-          others.add(c.score, 1, c.reach);
-        }
-      }
-      if (rest.lse_error(candidates) > kHopeless * kLseError) return give_up(i, served);
-      if (sure > users->floor[i] && others.lse_error(best) <= kSure * kLseError)
-        users->floor[i] = Kept::below(sure);
-    });
+    }
+    const double sure = Kept::kth_sure(all, k);
+    sure_floor[i] = std::max(sure_floor[i], Kept::below(sure));
+    const auto middle =
+        std::partition(all.begin(), all.end(), [&](const Candidate& c) { return Kept::reaches(c, sure); });
+    SoftmaxParts best;
+    best.add(highest(all), sum_exp(all.begin(), middle, highest(all)));
+    const double below = middle == all.end() ? 0 : sum_exp(middle, all.end(), sure);
+    SoftmaxParts candidates = best;
+    candidates.add(sure, below);
+    if (!(rest[0].lse_error(candidates) <= kSure * kLseError)) parts[i] = 2;
+    Around& others = rest[parts[i] - 1];
+    if (!(others.lse_error(candidates) <= kHopeless * kLseError)) return give_up(i);
+    if (parts[i] == 2) taken[i] = 0;
+    // As high as lse allows: `from` is where those begin that lose their exact scores.
+    const auto allows = [&](auto from) {
+      Around with = others;
+      with.add(sure, sum_exp(from, all.end(), sure), most_reach(i, kEarly));
+      SoftmaxParts exact = best;
+      exact.add(sure, sum_exp(middle, from, sure));
+      return with.lse_error(exact) <= kSure * kLseError;
+    };
+    double floor = sure;
+    if (!allows(middle)) {
+      std::sort(middle, all.end(), [](const Candidate& x, const Candidate& y) { return x.score > y.score; });
+      const int64_t step = std::max<int64_t>(32, (all.end() - middle) / 8);
+      auto from = middle;
+      do {
+        if (all.end() - from <= step) return;
+        from += step;
+      } while (!allows(from));
+      floor = std::min(sure, from->score + most_reach(i, kEarly));
+    }
+    if (floor > users->floor[i]) users->floor[i] = Kept::below(floor);
   }
 
-  void give_up(int64_t i, std::vector<char>& served) {
-    served[i] = 0;
-    users->floor[i] = std::numeric_limits<float>::infinity();
-  }
+  void give_up(int64_t i) { parts[i] = 0; }
 
   // The most by which a chunk's scores may be off for a user.
-  double reach(int64_t chunk, int64_t i) const {
-    return users->per_error[i] * bounds[chunk].error + users->per_norm[i] * bounds[chunk].norm;
+  double reach(int64_t chunk, int64_t i, int with) const {
+    return users->per_error[i] * bounds[chunk].error + users->per_norm[with - 1][i] * bounds[chunk].norm;
+  }
+
+  // Of one in `every` chunks. (A candidate whose error is not bounded is among the best.)
+  double most_reach(int64_t i, int64_t every) const {
+    double most = 0;
+    for (int64_t chunk = 0; chunk < static_cast<int64_t>(units.size()); chunk += every)
+      most = std::max(most, reach(chunk, i, parts[i]));
+    return most;
+  }
+
+  static double highest(const std::vector<Candidate>& of) {
+    double most = -kInf;
+    for (const Candidate& c : of) most = std::max<double>(most, c.score);
+    return most;
   }
 
   // Candidates of a user beyond which reading all rows is cheaper than gathering some.
@@ -322,8 +273,7 @@ class Search {
 
   // Exact scores, the best of them, and lse: false where the user has to be served without the filter.
   bool finish(int64_t user, int64_t i) {
-    const int64_t count = static_cast<int64_t>(chunks.size()) - 1,
-                  n = static_cast<int64_t>(kept.size()) / count;
+    const int64_t count = static_cast<int64_t>(units.size()), n = static_cast<int64_t>(kept.size()) / count;
     Kept all = kept[i];
     Around rest;  // of all items without an exact score
     for (int64_t chunk = 0; chunk < count; chunk++) {
@@ -333,8 +283,8 @@ class Search {
         all.candidates.insert(all.candidates.end(), part.candidates.begin(), part.candidates.end());
       const double sum = sums[chunk * n + i];
       if (sum > std::numeric_limits<float>::max()) return false;  // the floor rose far above the unit's base
-      rest.add(part.base, sum, reach(chunk, i));
-      rest.add(part.dropped.maximum, part.dropped.sum, reach(chunk, i));
+      rest.add(part.base, sum, reach(chunk, i, parts[i]));
+      rest.add(part.dropped.maximum, part.dropped.sum, reach(chunk, i, parts[i]));
     }
     // Those that may be among the best come first. The others only make lse exact where it has to be.
     const double sure = Kept::kth_sure(all.candidates, k);
@@ -342,14 +292,20 @@ class Search {
                                        [&](const Candidate& c) { return Kept::reaches(c, sure); });
     const int64_t first = middle - all.candidates.begin(),
                   count_all = static_cast<int64_t>(all.candidates.size());
-    Around with_others = rest;
-    for (auto c = middle; c != all.candidates.end(); c++) with_others.add(c->score, 1, c->reach);
     Exact exact(count_all);
     rescore(user, all.candidates, 0, first, exact);
-    if (write(user, exact, with_others)) return true;
-    if (first == count_all) return false;
-    rescore(user, all.candidates, first, count_all, exact);
-    return write(user, exact, rest);
+    for (auto next = middle;;) {
+      Around others = rest;
+      if (next != all.candidates.end())
+        others.add(sure, sum_exp(next, all.candidates.end(), sure), most_reach(i, 1));
+      if (write(user, exact, others)) return true;
+      if (next == all.candidates.end()) return false;
+      const auto from = next;
+      next += std::min<int64_t>(all.candidates.end() - from, std::max<int64_t>(256, (count_all - first) / 4));
+      std::nth_element(from, next - 1, all.candidates.end(),
+                       [](const Candidate& x, const Candidate& y) { return x.score > y.score; });
+      rescore(user, all.candidates, from - all.candidates.begin(), next - all.candidates.begin(), exact);
+    }
   }
 
   struct Exact {
@@ -414,14 +370,20 @@ class Search {
   const TopkResults& results;
   const Kernels& tier;
   const int64_t k;
-  std::vector<int64_t> panels, chunks;
+  struct Panels {
+    int64_t first_panel, last_panel;
+    FilterUnit::Spans spans;
+  };
+  std::vector<int64_t> panels, piece_bounds;
+  std::vector<Panels> units;
   int64_t pieces = 1, groups = kPanelItems;
   std::optional<Users> users;
-  FilterUsers view;
-  std::vector<float> sure_floor;            // what k items of a user reach
-  std::vector<Kept> kept;                   // [chunks][users]
-  std::vector<double> sums;                 // likewise
-  std::vector<FilterSums> bounds;           // [chunks]
+  TopkOptions of_group;
+  std::vector<char> parts;         // of each user, that its scores are computed from; 0: it is not served
+  std::vector<float> sure_floor;   // what k items of a user reach
+  std::vector<Kept> kept;          // [chunks][users]
+  std::vector<double> sums;        // likewise
+  std::vector<FilterSums> bounds;  // [chunks]
   std::vector<std::atomic<int64_t>> taken;  // candidates of each user
 };
 

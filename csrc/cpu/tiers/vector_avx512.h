@@ -45,10 +45,10 @@ struct Avx512Vector {
   ATTNREC_INLINE float maximum(Reg r) { return _mm512_reduce_max_ps(r); }
   // A bit for each lane that is above x, none where NaN.
   ATTNREC_INLINE uint32_t above(Reg r, float x) { return _mm512_cmp_ps_mask(r, set1(x), _CMP_GT_OQ); }
-  // Sets of lanes. `at_most` has none where NaN.
+  // Sets of lanes. `below` has none where NaN.
   using Mask = __mmask16;
   ATTNREC_INLINE Mask all_lanes() { return 0xffff; }
-  ATTNREC_INLINE Mask at_most(Reg r, float x) { return _mm512_cmp_ps_mask(r, set1(x), _CMP_LE_OQ); }
+  ATTNREC_INLINE Mask below(Reg r, float x) { return _mm512_cmp_ps_mask(r, set1(x), _CMP_LT_OQ); }
   ATTNREC_INLINE Mask both(Mask a, Mask b) { return _kand_mask16(a, b); }
   ATTNREC_INLINE bool all(Mask m) { return _kortestc_mask16_u8(m, m); }
   ATTNREC_INLINE uint32_t lanes(Mask m) { return m; }

@@ -46,6 +46,18 @@ def mixed(**changes) -> Jagged:
     return make_jagged([70, 0, 9, 1, 33], [129, 17, 0, 257, 64], **{"kv_heads": 2, **changes})
 
 
+def below_zero(dtype: torch.dtype, **changes) -> Jagged:
+    """Users with 1, 2, ... 72 events, whose scores are all far below 0. That is the score of a row of zeros:
+    with one event too many nothing else would count."""
+    batch = make_jagged(
+        [1 + n % 3 for n in range(72)], range(1, 73), **{"heads": 1, "dim": 16, "dtype": dtype, **changes}
+    )
+    for name, value in {"query": 6.0, "key": -6.0, "self_key": -6.0}.items():
+        if getattr(batch, name) is not None:
+            getattr(batch, name)[..., 0] = value
+    return batch
+
+
 def attend(batch: Jagged, **changes) -> tuple[Tensor, Tensor]:
     return attnrec.target_attention(*batch.args, return_lse=True, **{**batch.options, **changes})
 

@@ -101,6 +101,15 @@ def test_tables_around_tiles_and_chunks(items, names):
     check(*make(33, items, 16, options=names))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_beyond_the_table_counts(dtype):
+    """Logits far below 0, which is that of a row of zeros, with which nothing else would count."""
+    for n in range(1, 74, 18):
+        (users, table, target), options = make(n, n, 16, dtype)
+        users[:, 0], table[:, 0] = 3, -4
+        check((users, table, target), options)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 31, 32, 33, 1023, 1024, 1025, 2100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_around_blocks_and_groups(rows, dtype):
@@ -144,7 +153,8 @@ def test_is_torchs_cross_entropy(smoothing, reduction):
 )
 @pytest.mark.parametrize("names", [("bias", "ignored"), ("bias", "negatives")], ids=str)
 def test_only_the_gradients_that_are_asked_for(users, table, names):
-    arguments, options = make(50, 200, 16, options=names)
+    arguments, options = make(50, 200, 16, options=("temperature", *names))
+    check(arguments, options)
     loss, lse = torch.ops.attnrec.catalog_cross_entropy(*arguments, **options)
     grad = torch.randn_like(loss)
     backward = torch.ops.attnrec.catalog_cross_entropy_backward
@@ -288,7 +298,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("names", [("ignored",), ("negatives",)], ids=str)
 def test_any_strides(layout, names):
-    (users, table, target), options = make(40, 150, 16, options=("bias", "logq", *names))
+    (users, table, target), options = make(40, 150, 16, options=("bias", "logq", "temperature", *names))
     change = LAYOUTS[layout]
     strided = {k: x.repeat_interleave(3)[::3] if k in ("bias", "logq") else x for k, x in options.items()}
     arguments = change(users), change(table), target.repeat_interleave(2)[::2]

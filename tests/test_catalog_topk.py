@@ -94,6 +94,18 @@ def test_sizes_around_tiles_and_chunks(items, batch):
         check_exactly(users, catalog, k, **options_for(("exclude", "bias"), batch, items))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_beyond_the_catalog_counts(dtype):
+    """Scores far below 0, which is that of a row of zeros, with which nothing else would count."""
+    for n in (19, 37, 56):
+        users, catalog = (
+            integers(n, 4, dtype=dtype, largest=1),
+            integers(n, 4, dtype=dtype, seed=1, largest=1),
+        )
+        users[:, 0], catalog[:, 0] = 5, -5
+        check_exactly(users, catalog, 1)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 8, 9, 255, 256, 257, 600])
 def test_batches_around_groups_of_rows(batch):
     batch, items = min(batch, RUNNER.smaller(600)), max(1000, RUNNER.smaller(3000))

@@ -56,6 +56,14 @@ def test_sizes_around_tiles_and_chunks(count):
     check(users, items, offsets, bias=bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_beyond_a_users_items_counts(dtype):
+    """Logits far below 0, which is that of a row of zeros, with which nothing else would count."""
+    users, items, offsets, _ = make(range(1, 73), 16, dtype)
+    users[:, 0], items[:, 0] = 6, -6
+    check(users, items, offsets)
+
+
 @given(
     counts=st.lists(lengths(300), max_size=5),
     dim=st.sampled_from([4, 16, 20, 64]),
@@ -114,6 +122,7 @@ def test_the_gradient_at_a_hidden_item_is_not_computed_with():
 @pytest.mark.parametrize("where", ["user", "item"])
 def test_nan_stays_with_its_user(where):
     users, items, offsets, bias = make([5, 130, 7], 16, bias=torch.float32)
+    check(users, items, offsets, bias=bias, temperature=0.3)
     expected = attnrec.softmax_score(users, items, offsets, bias=bias)
     bias[40] = 0.0
     if where == "user":

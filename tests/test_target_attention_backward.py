@@ -11,6 +11,7 @@ from helpers_attention import (
     NAN,
     OPTION_SETS,
     attend,
+    below_zero,
     gradients,
     layouts,
     mixed,
@@ -72,6 +73,10 @@ class TestAgainstReference:
     def test_sizes_around_tiles(self, device, candidates, events, dtype):
         batch = make_jagged([candidates, 40], [events, events + 1], heads=2, dim=24, dtype=dtype)
         check(batch.to(device), slack=2.0)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_nothing_beyond_a_history_counts(self, device, dtype):
+        check(below_zero(dtype, options=["self"]).to(device))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])

@@ -10,6 +10,7 @@ from helpers_attention import (
     INF,
     NAN,
     OPTION_SETS,
+    below_zero,
     layouts,
     mixed,
     of_rows,
@@ -103,6 +104,12 @@ class TestAll:
     @pytest.mark.parametrize(("candidates", "events"), EDGES)
     def test_sizes_around_tiles(self, device, candidates, events):
         check(make_jagged([candidates, 40], [events, events + 1], heads=2, dim=24).to(device), slack=2.0)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_nothing_beyond_a_history_counts(self, device, dtype):
+        batch = below_zero(dtype).to(device)
+        check(batch)
+        check_top(batch, 10)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_huge_logits(self, device, dtype):

@@ -47,4 +47,8 @@ STABLE_TORCH_LIBRARY(attnrec, m) {
       "float label_smoothing=0.0, int ignore_index=-100, Tensor? negatives=None, bool in_batch=False, "
       "bool needs_users=True, bool needs_table=True) "
       "-> (Tensor grad_users, Tensor grad_table, Tensor grad_bias)");
+
+  // Not an op of tensors: whether the CUDA kernels of this process may round fp32 operands to tf32, as
+  // torch.set_float32_matmul_precision says, which the stable ABI cannot ask. Off until it is called.
+  m.def("allow_tf32(bool allowed) -> ()");
 }

@@ -120,6 +120,7 @@ class Cuda:
         # By name of the op, as torch.library.get_kernel gives them; filled at registration.
         self.kernels: dict[str, Any] = {}
         self.device = "cuda"
+        self._tf32 = False  # what the kernels were last told
 
     def supports(self, call: Call) -> str | None:
         if extension is None:
@@ -140,6 +141,10 @@ class Cuda:
 
     def run(self, call: Call) -> Any:
         args, kwargs = call.op.split(call.arguments)
+        tf32 = torch.get_float32_matmul_precision() != "highest"
+        if tf32 != self._tf32:
+            torch.ops.attnrec.allow_tf32(tf32)
+            self._tf32 = tf32
         return self.kernels[call.op.name].call_boxed(_CUDA_KEYS, *args, **kwargs)
 
 
@@ -152,6 +157,7 @@ BACKENDS: tuple[Backend, ...] = (CUDA, Triton(), CPU, Reference())
 # Ops for which Triton's kernel comes before CUDA's, and on what grounds: one that has not been measured to be
 # slower than the other stays where it was.
 TRITON_FIRST: dict[str, str] = {
+    "target_attention": "no GPU has compared them yet",
     "softmax_score": "no GPU has compared them yet",
     "softmax_score_backward": "no GPU has compared them yet",
 }

@@ -6,7 +6,17 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <atomic>
+
 namespace attnrec::cuda {
+namespace {
+
+std::atomic<bool> tf32_allowed{false};
+
+}  // namespace
+
+void allow_tf32(bool allowed) { tf32_allowed = allowed; }
+bool tf32_is_allowed() { return tf32_allowed; }
 
 Launch::Launch(const Tensor& tensor) {
   const int32_t device = tensor.get_device_index();
@@ -54,3 +64,7 @@ Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, std::
 }
 
 }  // namespace attnrec::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(attnrec, CompositeExplicitAutograd, m) {
+  m.impl("allow_tf32", TORCH_BOX(&attnrec::cuda::allow_tf32));
+}

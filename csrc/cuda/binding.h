@@ -41,6 +41,9 @@ Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept);
 // An int32 or int64 vector in place where it is contiguous, else a copy.
 Indices indices_of(const Tensor& tensor, std::vector<Tensor>& kept);
 
+// What attnrec::allow_tf32 was last told.
+bool tf32_is_allowed();
+
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
                  std::optional<ScalarType> dtype = {});
 

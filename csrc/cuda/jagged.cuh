@@ -16,17 +16,15 @@ __device__ inline Range user_range(const Indices& offsets, int64_t user, int64_t
   return {first, min(max(offsets[user + 1], first), total)};
 }
 
-// The number of a user's first tile, where no tile of `kRows` rows crosses a user's border. It leaves room
-// for all tiles of the users before.
-template <int kRows>
-__device__ int64_t first_tile(int64_t first_row, int64_t user) {
-  return first_row / kRows + user;
+// The number of a user's first tile, where no tile of `rows` rows crosses a user's border. It leaves room for
+// all tiles of the users before.
+__device__ inline int64_t first_tile(int64_t first_row, int64_t user, int rows) {
+  return first_row / rows + user;
 }
 
 // How many tiles a launch needs, without a look at the offsets.
-template <int kRows>
-int64_t tiles(int64_t users, int64_t total) {
-  return (total + kRows - 1) / kRows + users;
+inline int64_t count_tiles(int64_t users, int64_t total, int rows) {
+  return (total + rows - 1) / rows + users;
 }
 
 struct Tile {
@@ -37,8 +35,8 @@ struct Tile {
 // The user of tile number `tile` is the last one whose first tile is at or before it. All lanes of a warp
 // search together, 128 users a round: a round costs a memory latency, one does for 128 users, two for 16
 // thousand.
-template <int kRows>
-__device__ Tile find_tile(int64_t tile, const Indices& offsets, int64_t users, int64_t total) {
+__device__ inline Tile find_tile(int64_t tile, const Indices& offsets, int64_t users, int64_t total,
+                                 int rows_of_tile) {
   constexpr int kLanes = 32, kEach = 4;
   const int lane = threadIdx.x % kLanes;
   int64_t low = 0, span = max(users, int64_t{1});
@@ -48,7 +46,7 @@ __device__ Tile find_tile(int64_t tile, const Indices& offsets, int64_t users, i
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
       const int64_t at = (i * kLanes + lane) * width;
-      before[i] = at < span && first_tile<kRows>(offsets[low + at], low + at) <= tile;
+      before[i] = at < span && first_tile(offsets[low + at], low + at, rows_of_tile) <= tile;
     }
     int count = 0;
 #pragma unroll
@@ -58,7 +56,7 @@ __device__ Tile find_tile(int64_t tile, const Indices& offsets, int64_t users, i
     low += skipped;
   }
   Range rows = user_range(offsets, low, total);
-  const int64_t ahead = (tile - first_tile<kRows>(rows.first, low)) * kRows;
+  const int64_t ahead = (tile - first_tile(rows.first, low, rows_of_tile)) * rows_of_tile;
   if (ahead < 0) return {low, {rows.first, rows.first}};
   rows.first = min(rows.first + ahead, rows.end);
   return {low, rows};

@@ -27,7 +27,7 @@ void with_kernel(const SoftmaxScore& problem, const SoftmaxScorePlan& plan, cons
 
 SoftmaxScorePlan plan_softmax_score(const SoftmaxScore& problem, bool backward) {
   SoftmaxScorePlan plan;
-  plan.chunks = tiles<kChunk>(problem.users, problem.items);
+  plan.chunks = count_tiles(problem.users, problem.items, kChunk);
   plan.several = problem.items > kChunk;
   plan.aligned = is_aligned(problem.user, problem.dim, problem.element) &&
                  is_aligned(problem.item, problem.dim, problem.element);

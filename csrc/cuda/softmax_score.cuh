@@ -48,7 +48,7 @@ struct Chunk {
   bool whole;           // they are one chunk
 
   __device__ Chunk(const SoftmaxScore& s) {
-    const Tile tile = find_tile<kChunk>(blockIdx.x, s.offsets, s.users, s.items);
+    const Tile tile = find_tile(blockIdx.x, s.offsets, s.users, s.items, kChunk);
     user = tile.user;
     first = tile.rows.first;
     count = static_cast<int>(min(tile.rows.end - first, int64_t{kChunk}));
@@ -118,7 +118,7 @@ __device__ Softmax chunk_softmax(const float* logits, int count, float* memory, 
 
 // The softmax over all chunks of a user, from their parts in scratch memory. Each warp takes it for itself.
 __device__ inline Softmax merged(const Chunk& chunk, const SoftmaxScoreScratch& scratch) {
-  const int64_t first = first_tile<kChunk>(chunk.all.first, chunk.user);
+  const int64_t first = first_tile(chunk.all.first, chunk.user, kChunk);
   const int64_t chunks = (chunk.all.end - chunk.all.first + kChunk - 1) / kChunk;
   const int lane = threadIdx.x % 32;
   Softmax softmax{kHidden, 0, 0};
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const Chunk chunk(s);
   if (chunk.count == 0) {
     // The first chunk of a user without items.
-    if (chunk.all.first == chunk.all.end && blockIdx.x == first_tile<kChunk>(chunk.all.first, chunk.user)) {
+    if (chunk.all.first == chunk.all.end && blockIdx.x == first_tile(chunk.all.first, chunk.user, kChunk)) {
       T* grad_user = static_cast<T*>(g.grad_users) + chunk.user * s.dim;
       for (int64_t d = threadIdx.x; d < s.dim; d += kThreads) grad_user[d] = from_float<T>(0);
     }
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (chunk.count == 0 || chunk.whole) return;
   float mean = 0;
   if constexpr (sizeof(T) == 4) {
-    const int64_t first = first_tile<kChunk>(chunk.all.first, chunk.user);
+    const int64_t first = first_tile(chunk.all.first, chunk.user, kChunk);
     const int64_t chunks = (chunk.all.end - chunk.all.first + kChunk - 1) / kChunk;
     for (int64_t i = threadIdx.x % 32; i < chunks; i += 32) mean += scratch.weights[first + i];
     mean = over_lanes(mean, Sum());
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const Range all = user_range(s.offsets, user, s.items);
     const int64_t chunks = (all.end - all.first + kChunk - 1) / kChunk;
     if (chunks < 2) continue;
-    const float* parts = partial + first_tile<kChunk>(all.first, user) * s.dim;
+    const float* parts = partial + first_tile(all.first, user, kChunk) * s.dim;
     for (int64_t d = threadIdx.x; d < s.dim; d += kThreads) {
       float sum = 0;
       for (int64_t i = 0; i < chunks; i++) sum += parts[i * s.dim + d];

@@ -190,7 +190,7 @@ def load(D, ins):
     def f(S, m):
         addr = address(S)
         if space == "param":
-            parts = [read_param(S, addr, word, k)]
+            parts = [read_param(S, addr, m, word, k)]
         elif space == "generic":
             parts = [None]
             for where, a, sel in by_window(S, addr, m):
@@ -208,11 +208,12 @@ def load(D, ins):
     return f
 
 
-def read_param(S, addr, word, k):
-    a = addr.astype(np.int64)
-    if a.max() + word * k > S.launch.kernel.param_bytes:
+def read_param(S, addr, m, word, k):
+    # The address register of a lane that takes no part may hold anything.
+    a = np.where(S.lanes(m), addr, 0).astype(np.int64)
+    if a.min() < 0 or a.max() + word * k > S.launch.kernel.param_bytes:
         S.fault_mask = None
-        raise Fault("out of bounds", 0, detail=f"parameter byte {int(a.max())}")
+        raise Fault("out of bounds", 0, detail=f"parameter bytes {int(a.min())} to {int(a.max())}")
     index = a[:, None, None] + (np.arange(k) * word)[None, :, None] + np.arange(word)
     data = S.launch.params[index].reshape(S.L, -1).view(f"u{word}")
     return [np.ascontiguousarray(data[:, i]) for i in range(k)]

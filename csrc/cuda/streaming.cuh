@@ -1,0 +1,290 @@
+// The streaming softmax: what every kernel that runs rows past a set of events shares.
+//
+// A block has a tile of rows (candidates and heads of one user), 16 or 32 to a warp, and runs over the user's
+// events tile by tile (`for_each_tile`). What it does with a tile of scores is the readout.
+//
+// One order of summation, whatever else is in the batch: tiles are cut at multiples of N from the start of a
+// history, N depends on dtype and head dim only, and rows share loads, never arithmetic.
+#pragma once
+
+#include "cuda/attention.h"
+#include "cuda/jagged.cuh"
+#include "cuda/products.cuh"
+
+namespace attnrec::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int kMostThreads = 128;
+// Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are
+// merged in order, by the same arithmetic whether one block runs all of them or a block each.
+constexpr int kChunk = 1024;
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+// --- the jagged batch --------------------------------------------------------------------------------------
+
+struct History {
+  int64_t begin;
+  int length;
+};
+
+__device__ __forceinline__ History history_of(const Attention& a, int64_t user) {
+  const Range room = user_range(a.kv_offsets, user, a.events);
+  int64_t length = room.end - room.first;
+  if (a.kv_lengths.data) length = min(max(a.kv_lengths[user], int64_t{0}), length);
+  return {room.first, static_cast<int>(length)};
+}
+
+// A block's tile of rows: row r is candidate `first + r / pack`, head `head + r % pack`.
+struct RowTile {
+  Range range;  // candidates of the tile's user from the tile's first on
+  int head, pack, candidates;
+
+  __device__ int64_t candidate(int r) const { return range.first + r / pack; }
+  __device__ int query_head(int r) const { return head + r % pack; }
+  __device__ bool valid(int r) const { return r / pack < candidates && candidate(r) < range.end; }
+};
+
+// How many of `length` events a candidate sees.
+__device__ __forceinline__ int seen_events(const Attention& a, int64_t candidate, int length) {
+  if (!a.visible.data) return length;
+  return static_cast<int>(min(max(a.visible[candidate], int64_t{0}), static_cast<int64_t>(length)));
+}
+
+// --- loads -------------------------------------------------------------------------------------------------
+
+// Rows to shared memory by the whole block, under way until `cp_async_wait`: zeros beyond `dim` and where
+// `row_at(r)` is null. `vectors`: rows begin at multiples of 16 bytes.
+template <class T, int D, class RowAt>
+__device__ __forceinline__ void load_tile(T* shared, int rows, int dim, bool vectors, const RowAt& row_at) {
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(T)), kPieces = D / kPiece;
+  for (int i = threadIdx.x; i < rows * kPieces; i += blockDim.x) {
+    const int r = i / kPieces, d = i % kPieces * kPiece;
+    const T* row = row_at(r);
+    const int count = row ? min(max(dim - d, 0), kPiece) : 0;
+    T* to = shared + r * kStride<T, D> + d;
+    if (vectors) {
+      ptx::cp_async(to, count ? row + d : row, count * static_cast<int>(sizeof(T)));
+    } else {
+#pragma unroll
+      for (int e = 0; e < kPiece; e++) to[e] = e < count ? row[d + e] : from_float<T>(0.0f);
+    }
+  }
+}
+
+// The set: one or two tensors whose rows are read side by side, keys and values.
+template <class T>
+struct Set {
+  const T* rows[2];
+  int64_t stride[2];
+  int dim[2];
+  bool vectors;
+};
+
+// Elements of a tile of N rows.
+template <class T, int D, int N>
+constexpr int kTile = D > 0 ? N * kStride<T, D> : 0;
+
+// Runs `step(event, tile0, tile1)` over the tiles of events `first` (a multiple of N) to `last`, D0 and D1
+// wide; D1 = 0: of one tensor. While one is worked on the next is loaded: `stages` holds two of each.
+// `shown(event, x)`: false keeps row `event` of tensor x out, as zeros.
+template <class T, int D0, int D1, int N, class Shown, class Step>
+__device__ __forceinline__ void for_each_tile(const Set<T>& set, T* stages, int first, int last,
+                                              const Shown& shown, const Step& step) {
+  constexpr int kStage = kTile<T, D0, N> + kTile<T, D1, N>;
+  const auto load = [&](int event, T* stage) {
+    const auto row_at = [&](int x) {
+      return [&, x](int n) -> const T* {
+        return event + n < last && shown(event + n, x) ? set.rows[x] + (event + n) * set.stride[x] : nullptr;
+      };
+    };
+    load_tile<T, D0>(stage, N, set.dim[0], set.vectors, row_at(0));
+    if constexpr (D1 > 0) load_tile<T, D1>(stage + kTile<T, D0, N>, N, set.dim[1], set.vectors, row_at(1));
+    ptx::cp_async_commit();
+  };
+  if (first < last) load(first, stages);
+  int now = 0;
+  for (int event = first; event < last; event += N, now ^= 1) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the tile is there, and nobody reads the other one any more
+    if (event + N < last) load(event + N, stages + (now ^ 1) * kStage);
+    const T* tile = stages + now * kStage;
+    step(event, tile, tile + kTile<T, D0, N>);
+  }
+  __syncthreads();
+}
+
+// --- scores ------------------------------------------------------------------------------------------------
+
+// What turns products into scores in units of log2: `s * unit`, with `s` after `mask_scores`.
+struct Scoring {
+  float factor;      // scale * log2(e)
+  bool multiply;     // the factor is taken into the scores; always where it is not positive
+  const void* bias;  // of the set's rows, or null
+  Element bias_element;
+  int64_t bias_stride;
+  int length;  // of the set
+
+  __device__ float unit() const { return multiply ? 1.0f : factor; }
+  __device__ float bias_at(int event) const {  // -inf beyond the end
+    if (event >= length) return -infinity();
+    return load_element(bias, event * bias_stride, bias_element);
+  }
+};
+
+// The event of column `c` of `s[j]`, counted in the tile.
+__device__ __forceinline__ int column_of(int j, int c) { return 8 * j + lane() % 4 * 2 + c % 2; }
+
+// Products as scores; -inf where `event + column >= seen[row]` (MASKED: there may be such) or the bias is
+// -inf.
+template <int MT, int NT>
+__device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Scoring& scoring,
+                                            const int (&seen)[MT][2], int event, bool masked) {
+  if (scoring.bias) {
+#pragma unroll
+    for (int j = 0; j < NT; j++) {
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const float bias = scoring.bias_at(event + column_of(j, c)) * kLog2e;
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            float& x = s[i][j][2 * h + c];
+            x = bias == -infinity() ? bias : fmaf(x, scoring.factor, bias);
+          }
+        }
+      }
+    }
+  } else if (scoring.multiply) {
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+      for (int j = 0; j < NT; j++) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) s[i][j][c] *= scoring.factor;
+      }
+    }
+  }
+  if (masked) {
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+      for (int j = 0; j < NT; j++) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          if (event + column_of(j, c) >= seen[i][c / 2]) s[i][j][c] = -infinity();
+        }
+      }
+    }
+  }
+}
+
+// --- the softmax -------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(kAll, x, 1);
+  return x + __shfl_xor_sync(kAll, x, 2);
+}
+
+// How far, in units of log2, a score may lie above a row's base before the base moves: weights up to 2^8 are
+// as good as weights up to 1 in fp32 sums and as bf16 or fp16 operands. It moves a few times in a history;
+// the rest of the time a row's maximum is not needed, and the warp does not exchange it: one vote in place of
+// two shuffles a row and of a product for each of its D sums.
+constexpr float kSlack = 8.0f;
+
+// A row's base m (units of log2) and this thread's part of its sum l of 2^(score - m); rows g and g + 8 of
+// each block of 16.
+template <int MT>
+struct Softmax {
+  float m[MT][2], l[MT][2];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) m[i][h] = -infinity(), l[i][h] = 0.0f;
+    }
+  }
+
+  // A row's base is its own affair: what other rows of the warp do leaves its bits alone.
+  template <int NT, class Rescale>
+  __device__ __forceinline__ void move_base(const float (&s)[MT][NT][4], float unit, const Rescale& rescale) {
+    float top[MT][2];
+    bool above = false;
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float x = s[i][0][2 * h];
+#pragma unroll
+        for (int j = 0; j < NT; j++) x = fmaxf(x, fmaxf(s[i][j][2 * h], s[i][j][2 * h + 1]));
+        top[i][h] = x * unit;
+        above |= top[i][h] > m[i][h] + kSlack;
+      }
+    }
+    if (!__any_sync(kAll, above)) return;
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float x = quad_max(top[i][h]);
+        float alpha = 1.0f;
+        if (x > m[i][h] + kSlack) {
+          alpha = ptx::exp2(m[i][h] - x);  // 0 where there was nothing
+          m[i][h] = x;
+        }
+        l[i][h] *= alpha;
+        rescale(i, h, alpha);
+      }
+    }
+  }
+
+  // Turns scores into weights relative to the base, which `move_base` has set, and adds them up.
+  template <int NT>
+  __device__ __forceinline__ void weights(float (&s)[MT][NT][4], float unit) {
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float base = m[i][h] == -infinity() ? 0.0f : m[i][h];  // nothing seen: weights of 0
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+#pragma unroll
+          for (int c = 2 * h; c < 2 * h + 2; c++) {
+            s[i][j][c] = ptx::exp2(fmaf(s[i][j][c], unit, -base));
+            l[i][h] += s[i][j][c];
+          }
+        }
+      }
+    }
+  }
+};
+
+// The factors that bring the sums of two stretches of events to one base. With a stretch that saw nothing
+// they are exactly 1 and 0.
+struct Merge {
+  float m, before, next;
+
+  __device__ Merge(float m_before, float m_next) {
+    m = fmaxf(m_before, m_next);
+    before = m_before == m ? 1.0f : ptx::exp2(m_before - m);
+    next = m_next == m ? 1.0f : ptx::exp2(m_next - m);
+    if (m_next == -infinity()) next = 0.0f;
+  }
+  __device__ float operator()(float x_before, float x_next) const {
+    return fmaf(x_before, before, __fmul_rn(x_next, next));
+  }
+};
+
+// Natural log of a row's sum of exponentials.
+__device__ __forceinline__ float log_sum_exp(float m, float l) {
+  return l == 0.0f ? -infinity() : (m + log2f(l)) * kLn2;
+}
+
+}  // namespace attnrec::cuda

@@ -7,6 +7,8 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ptxemu import project
 from ptxemu.cuda_front import CUDA_HOME, _built, _cache_dir, _run
 
@@ -27,6 +29,10 @@ def plans():
 
 
 Plan = namedtuple("Plan", "chunks several aligned lanes parts logits partial")
+AttentionPlan = namedtuple(
+    "AttentionPlan",
+    "warps row_blocks pack candidates tiles head_tiles chunks apart shared_bytes part_floats",
+)
 
 
 @pytest.fixture
@@ -72,3 +78,53 @@ class TestSoftmaxScore:
         assert (forward.logits, forward.partial) == (5000, 0)
         assert (backward.logits, backward.partial) == (5000, backward.chunks * 64)
         assert softmax_score(FLOAT32, 64, 2, 5000, backward=True).logits == 0
+
+
+class TestTargetAttention:
+    @pytest.fixture
+    def plan(self, plans):
+        def call(element, dim, heads, kv_heads, users, rows, events, bias=False):
+            out = (ctypes.c_int64 * len(AttentionPlan._fields))()
+            numbers = map(ctypes.c_int64, (dim, heads, kv_heads, users, rows, events))
+            plans.plan_target_attention(element, *numbers, ctypes.c_bool(bias), out)
+            return AttentionPlan(*out)
+
+        return call
+
+    @given(
+        st.sampled_from([FLOAT32, BFLOAT16, FLOAT16]),
+        st.integers(1, 256),
+        st.integers(1, 40),
+        st.integers(1, 4),
+        st.integers(0, 10**6),
+        st.integers(0, 10**9),
+        st.integers(0, 10**9),
+        st.booleans(),
+    )
+    def test_fits_the_chip_and_covers_the_batch(
+        self, plan, element, dim, group, kv_heads, users, rows, events, bias
+    ):
+        heads = group * kv_heads
+        p = plan(element, dim, heads, kv_heads, users, rows, events, bias)
+        assert p.warps in (1, 2, 4)
+        assert p.shared_bytes <= 163 * 1024  # an A100's block
+        assert p.pack * p.head_tiles == heads
+        assert group % p.pack == 0  # a tile's heads share a kv head
+        assert p.pack == 1 or not bias
+        assert p.candidates * p.pack <= 16 * p.row_blocks * p.warps
+        assert p.tiles >= -(-rows // p.candidates) + users
+        assert p.chunks * CHUNK >= events
+        assert bool(p.part_floats) == bool(p.apart and rows)
+
+    def test_few_candidates_leave_no_warp_idle(self, plan):
+        assert plan(BFLOAT16, 64, 4, 4, users=100, rows=100, events=1000).warps == 1
+        assert plan(BFLOAT16, 64, 4, 4, users=100, rows=100 * 100, events=1000).warps == 4
+        assert plan(BFLOAT16, 64, 8, 2, users=100, rows=100, events=1000).pack == 4
+
+    def test_a_long_history_is_cut_where_rows_do_not_fill_a_chip(self, plan):
+        one = plan(BFLOAT16, 64, 2, 2, users=1, rows=20, events=10_000)
+        assert one.apart
+        assert one.chunks == 10
+        many = plan(BFLOAT16, 64, 2, 2, users=1000, rows=200_000, events=10_000_000)
+        assert not many.apart
+        assert many.part_floats == 0

@@ -1,5 +1,6 @@
 // The launch plans of csrc/cuda for tests/test_cuda_plans.py: numbers in, numbers out.
 #include "cuda/softmax_score.h"
+#include "cuda/target_attention.h"
 
 namespace cuda = attnrec::cuda;
 
@@ -15,5 +16,23 @@ extern "C" void plan_softmax_score(int element, int64_t dim, int64_t users, int6
   const cuda::SoftmaxScorePlan plan = cuda::plan_softmax_score(problem, backward);
   const int64_t values[] = {plan.chunks, plan.several, plan.aligned, plan.lanes,
                             plan.parts,  plan.logits,  plan.partial};
+  for (int64_t value : values) *out++ = value;
+}
+
+extern "C" void plan_target_attention(int element, int64_t dim, int64_t heads, int64_t kv_heads,
+                                      int64_t users, int64_t rows, int64_t events, bool bias, int64_t* out) {
+  cuda::Attention a;
+  a.element = static_cast<cuda::Element>(element);
+  a.head_dim = static_cast<int>(dim);
+  a.heads = static_cast<int>(heads);
+  a.kv_heads = static_cast<int>(kv_heads);
+  a.users = users;
+  a.rows = rows;
+  a.events = events;
+  if (bias) a.key_bias = &a;  // not read
+  const cuda::AttentionPlan plan = cuda::plan_target_attention(a);
+  const int64_t values[] = {plan.warps,        plan.row_blocks, plan.pack,   plan.candidates,
+                            plan.tiles,        plan.head_tiles, plan.chunks, plan.apart,
+                            plan.shared_bytes, plan.part_floats};
   for (int64_t value : values) *out++ = value;
 }

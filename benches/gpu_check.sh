@@ -76,6 +76,7 @@ elif [ "${has_gpu:-0}" = 1 ]; then
   check tests-gpu 60 tests/test_gpu.py tests/test_kernels_memory.py
   check tests-ops 120 tests/test_target_attention_weights.py tests/test_softmax_score.py tests/test_catalog_*.py
   check tests-torch 60 tests/test_op_registration.py tests/test_compile.py tests/test_functional.py tests/test_checks.py
+  [[ " $live " == *" cuda "* ]] && ATTNREC_BACKEND=cuda check tests-cuda 120 tests/test_{target_attention,softmax_score,catalog_topk,catalog_cross_entropy}*.py
   unset ATTNREC_TEST_FULL
 else
   missing "a GPU for the tests"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from ptxemu import counts_page
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,3 +34,8 @@ def test_links_lead_somewhere(page):
 
 def test_readme_has_code():
     assert len(blocks(ROOT / "README.md")) >= 4
+
+
+def test_counts_of_the_gpu_kernels_are_those_of_the_results():
+    text = counts_page.PAGE.read_text()
+    assert counts_page.page(text, json.loads(counts_page.RESULTS.read_text())) == text

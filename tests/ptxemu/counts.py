@@ -9,12 +9,13 @@ whole launch. `scores` are the pairs of a row and an event (or item) that the op
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,19 +25,8 @@ from helpers import make_jagged, make_offsets
 
 import attnrec
 from ptxemu import peers
+from ptxemu.counts_page import COLUMNS, table
 from ptxemu.triton_front import emulated
-
-COLUMNS = {
-    "instructions": "instructions a score",
-    "matrix": "mma, by warp",
-    "exponential": "ex2",
-    "global_read": "global bytes read",
-    "global_written": "written",
-    "sectors": "sectors",
-    "shared": "shared bytes",
-    "conflicts": "bank conflicts",
-    "barriers": "barriers, by warp",
-}
 
 
 def of_launch(stats, blocks, threads):
@@ -98,14 +88,14 @@ def ours(function):
     return run
 
 
-def forward_and_backward(function, inputs, backward):
+def forward_and_backward(function, inputs, backward=True):
     leaves = [x.detach().requires_grad_(backward) for x in inputs]
     out = function(*leaves)
     if backward:
         torch.autograd.grad(out.float().sum(), leaves)
 
 
-def causal(dim, backward, lengths=(256, 100, 37, 129), heads=4, kv_heads=2):
+def causal(dim, lengths=(256, 100, 37, 129), heads=4, kv_heads=2):
     """Self-attention over histories, bf16, grouped heads: the one thing that both can do."""
     batch = make_jagged(lengths, lengths, heads=heads, kv_heads=kv_heads, dim=dim, dtype=torch.bfloat16)
     visible = torch.cat([torch.arange(1, n + 1) for n in lengths])
@@ -115,19 +105,19 @@ def causal(dim, backward, lengths=(256, 100, 37, 129), heads=4, kv_heads=2):
     def attnrec_(q, k, v):
         return attnrec.target_attention(q, k, v, offsets, offsets, visible=visible)
 
-    functions = {"attnrec": ours(partial(forward_and_backward, attnrec_, inputs, backward))}
+    functions = {"attnrec": ours(partial(forward_and_backward, attnrec_, inputs))}
     parallel_attn = peers.parallel_attn()
     if parallel_attn:
 
         def fla(q, k, v):
             return parallel_attn(q[None], k[None], v[None], cu_seqlens=offsets)[0]
 
-        functions["flash-linear-attention"] = partial(forward_and_backward, fla, inputs, backward)
-    name = f"causal self-attention, D = {dim}, bf16, forward{' and backward' if backward else ''}"
+        functions["flash-linear-attention"] = partial(forward_and_backward, fla, inputs)
+    name = f"causal self-attention, D = {dim}, bf16, forward and backward"
     return Case(name, heads * sum(n * (n + 1) // 2 for n in lengths), functions)
 
 
-def candidates(dim, backward, options=()):
+def candidates(dim, options=()):
     counts, events, heads = (64, 20, 130, 1), (200, 50, 512, 129), 2
     batch = make_jagged(counts, events, heads=heads, dim=dim, dtype=torch.bfloat16, options=options)
     inputs = batch.query, batch.key, batch.value
@@ -136,9 +126,9 @@ def candidates(dim, backward, options=()):
         return attnrec.target_attention(q, k, v, *batch.args[3:], **batch.options)
 
     said = f" with {' and '.join(options)}" if options else ""
-    name = f"target attention{said}, D = {dim}, bf16, forward{' and backward' if backward else ''}"
+    name = f"target attention{said}, D = {dim}, bf16, forward and backward"
     scores = heads * sum(c * n for c, n in zip(counts, events, strict=True))
-    return Case(name, scores, {"attnrec": ours(partial(forward_and_backward, attend, inputs, backward))})
+    return Case(name, scores, {"attnrec": ours(partial(forward_and_backward, attend, inputs))})
 
 
 def weights(top):
@@ -149,7 +139,7 @@ def weights(top):
     return Case(f"attention weights, {f'top {top}' if top else 'all'}", scores, {"attnrec": ours(run)})
 
 
-def catalogue(op, backward=False, rows=64, items=4096, dim=64):
+def catalogue(op, backward=True, rows=64, items=4096, dim=64):
     generator = torch.Generator().manual_seed(0)
     users, table = (torch.randn(n, dim, generator=generator).bfloat16() for n in (rows, items))
     target = torch.randint(0, items, (rows,), generator=generator)
@@ -167,14 +157,16 @@ def catalogue(op, backward=False, rows=64, items=4096, dim=64):
 
 
 CASES = [
-    *(partial(causal, dim, backward) for dim in (32, 64, 128) for backward in (False, True)),
-    *(partial(candidates, dim, backward) for dim in (32, 64) for backward in (False, True)),
-    partial(candidates, 32, True, ("self", "key_bias")),
+    partial(causal, 32),
+    partial(causal, 64),
+    partial(candidates, 32),
+    partial(candidates, 64),
+    partial(candidates, 32, ("self", "key_bias")),
     partial(weights, 10),
     partial(weights, None),
-    partial(catalogue, "softmax_score", True),
-    partial(catalogue, "catalog_topk"),
-    partial(catalogue, "catalog_cross_entropy", True),
+    partial(catalogue, "softmax_score"),
+    partial(catalogue, "catalog_topk", backward=False),
+    partial(catalogue, "catalog_cross_entropy"),
 ]
 
 
@@ -185,23 +177,18 @@ def rows_of(case):
         for kernel, counts in kernels.items():
             rows.append({"case": case.name, "who": who, "kernel": kernel, "scores": case.scores, **counts})
         if len(kernels) > 1:
-            total = sum((Counter({k: row[k] for k in COLUMNS}) for row in kernels.values()), Counter())
+            total = {k: sum(row[k] for row in kernels.values()) for k in COLUMNS}
             rows.append({"case": case.name, "who": who, "kernel": "(all)", "scores": case.scores, **total})
     return rows
 
 
-def table(rows):
-    """Markdown, a table a case."""
-    lines, case = [], None
-    for row in rows:
-        if row["case"] != case:
-            case = row["case"]
-            lines += ["", f"**{case}**", "", f"| of | kernel | {' | '.join(COLUMNS.values())} |"]
-            lines.append("|" + " --- |" * (len(COLUMNS) + 2))
-        cells = [f"{row.get(k, 0):,}" for k in COLUMNS]
-        cells[0] = f"{row['instructions'] / row['scores']:.1f}"
-        lines.append(f"| {row['who']} | `{row['kernel']}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def installed():
+    """{distribution: version} of what compiled the kernels and of whose they are."""
+    found = {}
+    for name in ("triton", "flash-linear-attention"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def main(argv=None):
@@ -218,7 +205,9 @@ def main(argv=None):
         print(table(found), flush=True)
         rows += found
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        head = json.dumps({"command": "python -m tests.ptxemu.counts", "versions": installed()})
+        options.json.write_text(f'{head[:-1]},\n"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

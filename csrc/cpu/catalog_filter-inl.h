@@ -270,7 +270,7 @@ void score_unit(const CatalogFilter& filter, const FilterUnit& unit, FilterRows&
                 FilterSums& sums, Readout& readout, BeforeSpan&& before_span) {
   span.clear();
   for (int64_t panel = unit.first_panel; panel < unit.last_panel; panel += kFilterSpan) {
-    const bool early = panel / kFilterSpan % kEarly == 0;
+    const bool early = panel / kEarlyRun % kEarly == 0;
     if (unit.spans != FilterUnit::Spans::kAll && early != (unit.spans == FilterUnit::Spans::kEarly)) continue;
     span.count = static_cast<int>(least(kFilterSpan, unit.last_panel - panel));
     for (int p = 0; p < span.count; p++) span.panels[p] = unit.listed ? unit.listed[panel + p] : panel + p;

@@ -11,8 +11,9 @@
 namespace attnrec::cpu {
 
 constexpr int kPanelItems = 32;
-constexpr int kFilterSpan = 16;  // panels that all rows meet while they are in L1 or L2
-constexpr int kEarly = 4;        // of so many spans one goes first
+constexpr int kFilterSpan = 16;             // panels that all rows meet while they are in L1 or L2
+constexpr int kEarlyRun = 8 * kFilterSpan;  // panels that are read in a row
+constexpr int kEarly = 4;                   // of so many runs one goes first
 
 enum class Code : int { kBFloat16, kInt8 };
 
@@ -57,7 +58,7 @@ struct FilterUnit {
   const int64_t* users = nullptr;  // the row's, or null: row r is user r
   int64_t first_panel = 0, last_panel = 0;
   const int64_t* listed = nullptr;  // panels, rising: the unit's are then listed[first_panel], ...
-  // Or of panels in a row one span in kEarly (they start at whole ones), or the others.
+  // Or of panels in a row one run in kEarly (they start at whole spans), or the others.
   enum class Spans { kAll, kEarly, kLate } spans = Spans::kAll;
 
   int64_t user(int row) const { return users ? users[row] : row; }

@@ -119,11 +119,11 @@ class Search {
     });
   }
 
-  // A chunk's early unit has one in kEarly of its spans, which are as many as each of its other units has:
+  // A chunk's early unit has one in kEarly of its runs, which are as many as each of its other units has:
   // where a catalogue is sorted, the early ones must foretell the others.
   void make_units() {
     const std::vector<int64_t> chunks =
-        chunk_bounds(filter.panels(), 4 * kEarly * kFilterSpan, kChunks);  // whole tiles of 128 panels
+        chunk_bounds(filter.panels(), kEarly * kEarlyRun, kChunks);  // whole tiles of 128 panels
     for (size_t i = 0; i + 1 < chunks.size(); i++) {
       const int64_t first = chunks[i], last = chunks[i + 1], step = kEarly * kFilterSpan;
       units.push_back({first, last, FilterUnit::Spans::kEarly});

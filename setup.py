@@ -33,9 +33,12 @@ with suppress(
 
 
 def plan_here():
+    environ = dict(os.environ)
+    if torch is None:  # nothing is compiled, so nothing can be required: pip asks before it has found torch
+        environ.pop("ATTNREC_CUDA", None)
     return make_plan(
         ROOT,
-        os.environ,
+        environ,
         torch_cuda=torch.version.cuda if torch else None,
         nvcc=shutil.which("nvcc"),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

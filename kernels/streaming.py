@@ -139,6 +139,21 @@ def seen_events(visible, candidates, valid, length, HAS_VISIBLE: tl.constexpr):
 
 
 @triton.jit
+def uniform(x):
+    """The int32 `x`, which is the same in all threads, so that the compiler knows it: for a loop's bounds.
+
+    It takes what comes out of a reduction for a number of each thread's own, reckons with warps that do not
+    leave the loop together, and puts beside every shuffle in it a slow way, a call that costs registers.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], tl.int32, True, 1
+        )
+
+
+@triton.jit
 def load_rows(base, rows, heads, row_stride, head_stride, valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[BLOCK_M, BLOCK_D]` of a tensor `[rows, heads, D]`; zeros where not valid and beyond D."""
     d = tl.arange(0, BLOCK_D)

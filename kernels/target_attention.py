@@ -11,7 +11,7 @@ from . import streaming as st
 from .launch import most_registers, native_head_dim, parameters
 
 # Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are merged
-# in order, by the same arithmetic whether one block runs all of them or a block each (`_spread`).
+# in order, by the same arithmetic whether one block runs all of them or a block each (`_merge`).
 CHUNK = tl.constexpr(1024)
 # Streaming multiprocessors of the smallest chip that is aimed at: an A100 has 108.
 PROCESSORS = 108
@@ -73,8 +73,8 @@ def _start(rows, own, factor, chunk, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS
 
 @triton.jit
 def _chunk(
+    start,
     rows,
-    own,
     events,
     q_at,
     seen,
@@ -86,17 +86,15 @@ def _chunk(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_VISIBLE: tl.constexpr,
-    HAS_SELF: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):
-    """`(m, l, acc)` of a tile of rows over one chunk."""
+    """`(m, l, acc)` of a tile of rows over one chunk, from `start`, which is the same before it."""
     q = rows[0]
     key, key_stride, value, value_stride, bias, bias_stride = events
     first = chunk * CHUNK
     last = tl.minimum(most, first + CHUNK)
-    start = _start(rows, own, factor, chunk, D, BLOCK_D, HAS_SELF)
     if CAREFUL:
         never = tl.full((BLOCK_D,), NEVER, tl.int32)
         m, l, acc = start
@@ -211,6 +209,8 @@ def _forward(
     begin, _, length = st.history(kv_offsets, kv_lengths, user, total_events, HAS_LENGTHS)
     candidates, row_heads, valid = st.row_tile(first, end, head, PACK, BLOCK_M)
     seen, least, most = st.seen_events(visible, candidates, valid, length, HAS_VISIBLE)
+    if HAS_VISIBLE:
+        least, most = st.uniform(least), st.uniform(most)
     chunks = tl.maximum(tl.cdiv(most, CHUNK), 1)
     chunk = tl.program_id(2)
     if chunk >= chunks:
@@ -231,27 +231,24 @@ def _forward(
         self_value, self_value_row_stride, self_value_head_stride,
     )  # fmt: skip
     events = (key, key_row_stride, value, value_row_stride, key_bias, bias_row_stride)
+    # The self slot comes before all loops: its addresses would be kept in registers through them.
+    m, l, acc = _start(rows, own, factor, chunk, D, BLOCK_D, HAS_SELF)
     if CHUNKS == "in order":
-        m, l, acc = _nothing(BLOCK_M, BLOCK_D)
+        m_before, l_before, acc_before = _nothing(BLOCK_M, BLOCK_D)
         for chunk in range(chunks):
             m, l, acc = _chunk(
-                rows, own, events, (q_at, valid), seen, least, most, chunk, factor,
-                D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_SELF, HAS_BIAS, PRECISION, CAREFUL,
+                (m, l, acc), rows, events, (q_at, valid), seen, least, most, chunk, factor,
+                D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_BIAS, PRECISION, CAREFUL,
             )  # fmt: skip
-            # What is merged so far waits in memory while a chunk runs: in registers there is no room for it.
             if chunk > 0:
-                at = _part(parts, 0, first, tl.program_id(1), tl.num_programs(1), total_rows, PACK, BLOCK_D)
-                m_before, l_before, acc_before = _load_part(at, valid, BLOCK_D)
                 m, l, acc = st.softmax_merge(m_before, l_before, acc_before, m, l, acc)
-            if chunk + 1 < chunks:
-                tl.debug_barrier()  # other threads may still read what this overwrites
-                at = _part(parts, 0, first, tl.program_id(1), tl.num_programs(1), total_rows, PACK, BLOCK_D)
-                _store_part(at, valid, m, l, acc, BLOCK_D)
-                tl.debug_barrier()
+            m_before, l_before, acc_before = m, l, acc
+            m, l, acc = _nothing(BLOCK_M, BLOCK_D)
+        m, l, acc = m_before, l_before, acc_before
     else:
         m, l, acc = _chunk(
-            rows, own, events, (q_at, valid), seen, least, most, chunk, factor,
-            D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_SELF, HAS_BIAS, PRECISION, CAREFUL,
+            (m, l, acc), rows, events, (q_at, valid), seen, least, most, chunk, factor,
+            D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_BIAS, PRECISION, CAREFUL,
         )  # fmt: skip
     if CHUNKS == "apart":
         at = _part(parts, chunk, first, tl.program_id(1), tl.num_programs(1), total_rows, PACK, BLOCK_D)
@@ -363,7 +360,7 @@ def target_attention(
     apart = _chunks_apart(tiles * head_tiles, events)
     block_d = native_head_dim(dim)
     parts = None
-    if events > CHUNK.value:
+    if apart > 1:
         parts = query.new_empty((apart, rows, heads, block_d + 2), dtype=torch.float32)
     common = {
         "D": dim,
@@ -374,7 +371,7 @@ def target_attention(
         "HAS_VISIBLE": visible is not None,
         "num_warps": p.num_warps,
     }
-    in_one = "one" if parts is None else "in order"
+    in_one = "one" if events <= CHUNK.value else "in order"
     sizes = (users, rows, events, heads)
     strides = st.strides(query, key, value, self_key, self_value, key_bias)
     # In half precision what ptxas chooses does not spill, and more blocks are resident with it.

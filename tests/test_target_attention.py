@@ -250,6 +250,24 @@ def test_few_candidates_and_more_events_than_caches_hold(device, dtype, options,
             assert torch.equal(alone[1], lse[rows])
 
 
+@pytest.mark.skipif(RUNNER.backend != "triton", reason="how the Triton kernels cut a history")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+def test_pieces_of_a_long_history_in_one_block_or_several(device, dtype, options, monkeypatch):
+    """Histories of more than 1,024 events are cut; which blocks run the pieces depends on the whole batch."""
+    from attnrec.kernels import target_attention as launching
+
+    batch = make_jagged(
+        [3, 0, 18], [2100, 5, 1030], heads=2, kv_heads=1, dim=16, dtype=dtype, options=options
+    )
+    batch = batch.to(device)
+    several = attend(batch)
+    monkeypatch.setattr(launching, "PROCESSORS", 0)  # however few the rows are, they fill the chip
+    check(batch)
+    for x, y in zip(attend(batch), several, strict=True):
+        assert torch.equal(x, y)
+
+
 class TestLayouts:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_strides(self, device, dtype):

@@ -347,13 +347,14 @@ def target_attention(
     query, factor = st.positive_scale(st.rows_of(query), scale)
     key, value, self_key, self_value = (st.rows_of(x) for x in (key, value, self_key, self_value))
     jagged = st.contiguous(q_offsets, kv_offsets, kv_lengths, visible)
-    group = heads // kv_heads
+    group, precision = heads // kv_heads, st.precision(query.dtype)
     p = parameters(
         "target_attention",
         head_dim=dim,
         dtype=query.dtype,
         visible=visible is not None,
         bias=key_bias is not None,
+        tf32=precision == "tf32",
     )
     pack = st.heads_together(group, p.block_m, key_bias)
     tiles, head_tiles = -(-rows // (p.block_m // pack)) + users, heads // pack
@@ -381,7 +382,7 @@ def target_attention(
         _forward[tiles, head_tiles, apart](
             query, key, value, *jagged, self_key, self_value, key_bias, parts, out, lse, factor, *sizes,
             *strides, GROUP=group, BLOCK_N=p.block_n, HAS_SELF=self_key is not None,
-            HAS_BIAS=key_bias is not None, PRECISION=st.precision(query.dtype), CHUNKS=chunks,
+            HAS_BIAS=key_bias is not None, PRECISION=precision, CHUNKS=chunks,
             CAREFUL=careful, num_stages=p.num_stages, maxnreg=registers, **common,
         )  # fmt: skip
 

@@ -20,7 +20,6 @@ from build_backend.plan import BuildError, available_memory_gib, make_plan  # no
 
 try:
     import torch
-    from torch.utils import cpp_extension
 except ImportError:  # an sdist and the metadata need no torch
     torch = None
 
@@ -121,6 +120,8 @@ def extension():
 
 plan = plan_here()
 os.environ.update(plan.environment)
+if torch is not None:
+    from torch.utils import cpp_extension  # now, because it looks for CUDA_HOME when it is imported
 setup(
     packages=[*find_packages(include=["attnrec", "attnrec.*"]), "attnrec.kernels"],
     package_dir={"attnrec.kernels": "kernels"},

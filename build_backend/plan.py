@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,11 +73,26 @@ def cuda_home(environ: Mapping[str, str], nvcc: str | None) -> str | None:
     """The toolkit's folder: CUDA_HOME, else where `nvcc` really lies.
 
     Links are followed first: an nvcc linked into /usr/local/bin would give /usr/local, which has no headers.
+    Where it is a script that runs another one, that one is asked.
     """
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(name):
             return environ[name]
-    return str(Path(os.path.realpath(nvcc)).parent.parent) if nvcc else None
+    if not nvcc:
+        return None
+    home = Path(os.path.realpath(nvcc)).parent.parent
+    if not (home / "include" / "cuda_runtime_api.h").exists():
+        home = _home_that_it_names(nvcc) or home
+    return str(home)
+
+
+def _home_that_it_names(nvcc: str) -> Path | None:
+    try:
+        said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, timeout=60).stderr
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return Path(os.path.realpath(found[1].strip())) if found else None
 
 
 def decide_cuda(wanted: str, torch_cuda: str | None, home: str | None, sources: list[str]) -> str:

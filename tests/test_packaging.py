@@ -145,6 +145,14 @@ class TestCuda:
         assert plan.cuda_home({"CUDA_HOME": "/elsewhere"}, str(link)) == "/elsewhere"
         assert plan.cuda_home({}, None) is None
 
+    def test_a_script_that_runs_the_compiler_is_asked(self, tmp_path):
+        (tmp_path / "cuda" / "bin").mkdir(parents=True)
+        script = tmp_path / "bin" / "nvcc"
+        script.parent.mkdir()
+        script.write_text(f"#!/bin/sh\necho '#$ TOP={tmp_path}/cuda/bin/..' >&2\n")
+        script.chmod(0o755)
+        assert plan.cuda_home({}, str(script)) == str(tmp_path / "cuda")
+
     def test_sources_and_arch_list(self, tree):
         found = plan.make_plan(tree, {"CUDA_HOME": "/cuda"}, torch_cuda="13.0")
         assert found.sources[-1] == "csrc/cuda/kernels.cu"

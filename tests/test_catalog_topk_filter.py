@@ -9,6 +9,7 @@ from runners import RUNNER
 
 import attnrec
 from attnrec import ops, reference
+from attnrec._extension import extension
 
 INF, NAN = float("inf"), float("nan")
 LSE_ERROR = 0.1  # the contract's
@@ -18,6 +19,10 @@ pytestmark = pytest.mark.cpu_only("filters are the CPU's")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["bf16", "int8"]
+READS_FILTERS = extension is not None and extension.tier_name() in (
+    "avx512_bf16",
+    "amx_bf16",
+)  # others: the rows
 
 
 def made(rows, kind):
@@ -231,7 +236,7 @@ def test_a_user_in_two_parts(kind, dtype):
     for options in ({}, {"exclude_ids": exclude_ids, "exclude_offsets": exclude_offsets}):
         plain = ops.call("catalog_topk", users.to(dtype), rows, 50, **options)
         found = check(users.to(dtype), rows, 50, filters, **options)
-        if dtype == torch.float32:  # numbers of bf16 need no second part in bf16
+        if dtype == torch.float32 and READS_FILTERS:  # numbers of bf16 need no second part in bf16
             assert (found[2] != plain[2]).sum() > 50  # the filter's own, from rough exponentials
             torch.testing.assert_close(found[2], plain[2], rtol=0, atol=0.035)
 

@@ -342,7 +342,7 @@ def target_attention(
     users = q_offsets.shape[0] - 1
     out = query.new_empty(query.shape)
     lse = query.new_empty((rows, heads), dtype=torch.float32)
-    if out.numel() == 0:
+    if out.numel() == 0 or users == 0:
         return out, lse
     query, factor = st.positive_scale(st.rows_of(query), scale)
     key, value, self_key, self_value = (st.rows_of(x) for x in (key, value, self_key, self_value))

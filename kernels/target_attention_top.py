@@ -176,7 +176,7 @@ def target_attention_top(
     users = q_offsets.shape[0] - 1
     weights = query.new_empty((rows, heads, top))
     events = query.new_empty((rows, heads, top), dtype=torch.int64)
-    if weights.numel() == 0:
+    if weights.numel() == 0 or users == 0:
         return weights, events
     query, factor = st.positive_scale(st.rows_of(query), scale)
     key, self_key = st.rows_of(key), st.rows_of(self_key)

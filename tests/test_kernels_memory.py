@@ -72,8 +72,9 @@ def run(name, arguments, **bad):
     """The op and its gradient, with arguments of which some are bad."""
     spoilt = arguments | bad
     result = kernel(name, spoilt)
-    if f"{name}_backward" in ops.OPS:
-        op = ops.OPS[f"{name}_backward"]
+    backward = f"{name}_backward"
+    if backward in ops.OPS and (RUNNER.backend == "triton" or backward in backends.CUDA.kernels):
+        op = ops.OPS[backward]
         args, options = ops.OPS[name].split(spoilt)
         kernel(op.name, op.bind(of_backward(name, args, result), options))
     if RUNNER.device == "cuda":
@@ -108,6 +109,18 @@ def test_offsets_of_all_weights(which):
 @pytest.mark.parametrize("values", OFFSETS.values(), ids=OFFSETS)
 def test_offsets_of_softmax_score(values):
     run("softmax_score", scoring("softmax_score"), offsets=integers(values))
+
+
+@pytest.mark.parametrize(
+    "name", ["target_attention", "target_attention_top", "target_attention_weights", "softmax_score"]
+)
+def test_rows_without_a_user(name):
+    """Offsets of one element, and rows for whom there is nobody."""
+    none = integers([0])
+    if name == "softmax_score":
+        run(name, scoring(name), users=torch.randn(0, 16), offsets=none)
+    else:
+        run(name, attention(name), kv_lengths=None, q_offsets=none, kv_offsets=none)
 
 
 @pytest.mark.parametrize("values", OFFSETS.values(), ids=OFFSETS)

@@ -16,14 +16,6 @@ Element element_of(const char* op, const char* name, const Tensor& tensor) {
   }
 }
 
-Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept) {
-  const int64_t last = tensor.dim() - 1;
-  kept.push_back(tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor
-                                                                    : torch::stable::contiguous(tensor));
-  const Tensor& read = kept.back();
-  return {read.const_data_ptr(), read.stride(0), last == 2 ? read.stride(1) : 0};
-}
-
 std::vector<int64_t> integers(const char* op, const char* name, const Tensor& tensor, int64_t count,
                               const Tensor& like) {
   check_integers(op, name, tensor, count, like);
@@ -52,10 +44,6 @@ std::vector<int64_t> offsets_of(const char* op, const char* name, const Tensor& 
   ATTNREC_CHECK(offsets.back() == total, op, name, " must end at ", total, ", the rows of ", rows_name,
                 ", got ", offsets.back());
   return offsets;
-}
-
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
 }
 
 void* thread_scratch(int64_t bytes) {

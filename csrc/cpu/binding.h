@@ -10,18 +10,18 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/arguments.h"
 #include "cpu/tiers.h"
+#include "tensors.h"
 
 namespace attnrec::cpu {
 
 // The element type of a floating tensor.
 Element element_of(const char* op, const char* name, const Tensor& tensor);
 
-// `[rows, heads, D]` or `[rows, D]` (one head) in place where the last dimension is contiguous, else a copy,
-// which `kept` holds alive.
-Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept);
+inline Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept) {
+  return attnrec::vectors_of<Vectors>(tensor, kept);
+}
 
 // An int32 or int64 vector of `count` numbers (any number where count < 0), any stride, on the device of
 // `like`.
@@ -31,9 +31,6 @@ std::vector<int64_t> integers(const char* op, const char* name, const Tensor& te
 // Offsets `[users + 1]`: from 0, rising, to the number of `rows`, whose name is `rows_name`.
 std::vector<int64_t> offsets_of(const char* op, const char* name, const Tensor& tensor, const Tensor& rows,
                                 const char* rows_name);
-
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
-                 std::optional<ScalarType> dtype = {});
 
 // fp32, or float64 beside float64: what sums, log-sum-exps and losses are kept in.
 inline ScalarType working_dtype(Element element) {

@@ -18,6 +18,15 @@ struct Vectors {
   int64_t row_stride = 0, head_stride = 0;
 };
 
+// Whether all of them begin at a multiple of 16 bytes.
+inline bool begin_aligned(const Vectors& vectors, Element element) {
+  const int64_t bytes = element_bytes(element);
+  return (reinterpret_cast<uintptr_t>(vectors.data) | static_cast<uintptr_t>(vectors.row_stride * bytes) |
+          static_cast<uintptr_t>(vectors.head_stride * bytes)) %
+             16 ==
+         0;
+}
+
 // A contiguous vector of int64 (`wide`) or int32 numbers: offsets, lengths, ids.
 struct Indices {
   const void* data = nullptr;

@@ -46,21 +46,9 @@ Element element_of(const char* op, const char* name, const Tensor& tensor) {
   }
 }
 
-Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept) {
-  const int64_t last = tensor.dim() - 1;
-  kept.push_back(tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor
-                                                                    : torch::stable::contiguous(tensor));
-  const Tensor& read = kept.back();
-  return {read.const_data_ptr(), read.stride(0), last == 2 ? read.stride(1) : 0};
-}
-
 Indices indices_of(const Tensor& tensor, std::vector<Tensor>& kept) {
   kept.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
   return {kept.back().const_data_ptr(), tensor.scalar_type() == ScalarType::Long};
-}
-
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
 }
 
 }  // namespace attnrec::cuda

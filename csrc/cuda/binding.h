@@ -6,11 +6,10 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <initializer_list>
 #include <vector>
 
-#include "checks.h"
 #include "cuda/arguments.h"
+#include "tensors.h"
 
 namespace attnrec::cuda {
 
@@ -34,17 +33,14 @@ class Launch {
 // The element type of a floating tensor of an op that the reference serves in float64.
 Element element_of(const char* op, const char* name, const Tensor& tensor);
 
-// `[rows, heads, D]` or `[rows, D]` (one head) in place where the last dimension is contiguous, else a copy,
-// which `kept` holds alive.
-Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept);
+inline Vectors vectors_of(const Tensor& tensor, std::vector<Tensor>& kept) {
+  return attnrec::vectors_of<Vectors>(tensor, kept);
+}
 
 // An int32 or int64 vector in place where it is contiguous, else a copy.
 Indices indices_of(const Tensor& tensor, std::vector<Tensor>& kept);
 
 // What attnrec::allow_tf32 was last told.
 bool tf32_is_allowed();
-
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape,
-                 std::optional<ScalarType> dtype = {});
 
 }  // namespace attnrec::cuda

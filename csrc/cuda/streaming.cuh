@@ -10,6 +10,7 @@
 #include "cuda/attention.h"
 #include "cuda/jagged.cuh"
 #include "cuda/products.cuh"
+#include "cuda/reductions.cuh"
 
 namespace attnrec::cuda {
 
@@ -17,7 +18,7 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kMostThreads = 128;
 // Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are
 // merged in order, by the same arithmetic whether one block runs all of them or a block each.
-constexpr int kChunk = 1024;
+constexpr int kChunkEvents = 1024;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
@@ -135,7 +136,7 @@ struct Scoring {
 // The event of column `c` of `s[j]`, counted in the tile.
 __device__ __forceinline__ int column_of(int j, int c) { return 8 * j + lane() % 4 * 2 + c % 2; }
 
-// Products as scores; -inf where `event + column >= seen[row]` (MASKED: there may be such) or the bias is
+// Products as scores; -inf where `event + column >= seen[row]` (`masked`: there may be such) or the bias is
 // -inf.
 template <int MT, int NT>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Scoring& scoring,
@@ -182,14 +183,10 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Scoring
 
 // --- the softmax -------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(kAll, x, 1));
-  return fmaxf(x, __shfl_xor_sync(kAll, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(kAll, x, 1);
-  return x + __shfl_xor_sync(kAll, x, 2);
+// Over the four threads that have a row's columns.
+template <class Operation = Sum>
+__device__ __forceinline__ float of_row(float x, Operation operation = {}) {
+  return over_lanes(x, operation, 4);
 }
 
 // How far, in units of log2, a score may lie above a row's base before the base moves: weights up to 2^8 are
@@ -201,7 +198,7 @@ constexpr float kSlack = 8.0f;
 // A row's base m (units of log2) and this thread's part of its sum l of 2^(score - m); rows g and g + 8 of
 // each block of 16.
 template <int MT>
-struct Softmax {
+struct RowSoftmax {
   float m[MT][2], l[MT][2];
 
   __device__ void clear() {
@@ -233,7 +230,7 @@ struct Softmax {
     for (int i = 0; i < MT; i++) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const float x = quad_max(top[i][h]);
+        const float x = of_row(top[i][h], Maximum());
         float alpha = 1.0f;
         if (x > m[i][h] + kSlack) {
           alpha = ptx::exp2(m[i][h] - x);  // 0 where there was nothing

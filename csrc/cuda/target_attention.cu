@@ -2,7 +2,6 @@
 #include "cuda/target_attention.cuh"
 
 #include <algorithm>
-#include <cmath>
 
 #include "cuda/dispatch.h"
 
@@ -11,11 +10,6 @@ namespace {
 
 // Blocks whose parts may wait in memory at once: 64 x 130 floats each make 70 MB.
 constexpr int64_t kMostParts = 2048;
-
-bool in_pieces_of_16(const Vectors& x, int64_t bytes) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride * bytes % 16 == 0 &&
-         x.head_stride * bytes % 16 == 0;
-}
 
 }  // namespace
 
@@ -35,7 +29,7 @@ AttentionPlan plan_target_attention(const Attention& a) {
   plan.candidates = 16 * plan.row_blocks * plan.warps / plan.pack;
   plan.tiles = count_tiles(a.users, a.rows, plan.candidates);
   plan.head_tiles = a.heads / plan.pack;
-  plan.chunks = std::max(1, static_cast<int>((a.events + kChunk - 1) / kChunk));
+  plan.chunks = std::max(1, static_cast<int>((a.events + kChunkEvents - 1) / kChunkEvents));
   plan.apart = plan.chunks > 1 && plan.tiles * plan.head_tiles * plan.chunks <= kMostParts;
   plan.part_floats = plan.apart ? plan.chunks * a.rows * a.heads * (native + 2) : 0;
   for_kind_and_dim(a.element, a.tf32, a.head_dim, [&](auto kind, auto dim) {
@@ -50,15 +44,13 @@ AttentionPlan plan_target_attention(const Attention& a) {
 
 cudaError_t launch_target_attention(const Attention& a, const AttentionPlan& plan, void* out, float* lse,
                                     float* parts, cudaStream_t stream) {
-  if (a.rows == 0) return cudaSuccess;
-  const int bytes = element_bytes(a.element);
+  if (a.rows == 0 || a.users == 0) return cudaSuccess;
   const AttentionLaunch launch{static_cast<float>(a.scale * 1.4426950408889634),
                                plan.pack,
                                plan.candidates,
-                               plan.chunks,
                                plan.apart,
-                               in_pieces_of_16(a.query, bytes),
-                               in_pieces_of_16(a.key, bytes) && in_pieces_of_16(a.value, bytes),
+                               begin_aligned(a.query, a.element),
+                               begin_aligned(a.key, a.element) && begin_aligned(a.value, a.element),
                                out,
                                lse,
                                parts};

@@ -39,7 +39,7 @@ struct AttentionMemory {
 // What a thread has of its rows' result.
 template <int D, int MT>
 struct AttentionSums {
-  Softmax<MT> softmax;
+  RowSoftmax<MT> softmax;
   float acc[MT][D / 8][4];
 
   __device__ void clear() {
@@ -54,12 +54,12 @@ struct AttentionSums {
 #pragma unroll
     for (int d = 0; d < D / 8; d++) acc[i][d][2 * h] *= alpha, acc[i][d][2 * h + 1] *= alpha;
   }
-  // The row's sum is with one thread alone from here on, the same number in all four.
+  // The rows' sums, the same number in the four threads of a row from here on.
   __device__ void reduce() {
 #pragma unroll
     for (int i = 0; i < MT; i++) {
 #pragma unroll
-      for (int h = 0; h < 2; h++) softmax.l[i][h] = quad_sum(softmax.l[i][h]);
+      for (int h = 0; h < 2; h++) softmax.l[i][h] = of_row(softmax.l[i][h]);
     }
   }
   __device__ bool any_non_finite() const {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void store_pair(typename Kind::T* row, int d, int dim
 
 struct AttentionLaunch {
   float factor;  // scale * log2(e)
-  int pack, candidates, chunks;
+  int pack, candidates;
   bool apart, query_vectors, set_vectors;
   void* out;
   float *lse, *parts;
@@ -184,7 +184,7 @@ __global__ __launch_bounds__(kMostThreads, 1) void target_attention_kernel(const
       seen[i][h] = rows.valid(r) ? seen_events(a, rows.candidate(r), history.length) : 0;
     }
   }
-  int chunk = 0, end_chunk = max(1, (most + kChunk - 1) / kChunk);
+  int chunk = 0, end_chunk = max(1, (most + kChunkEvents - 1) / kChunkEvents);
   if (p.apart) {
     chunk = blockIdx.z;
     if (chunk >= end_chunk) return;
@@ -234,7 +234,7 @@ __global__ __launch_bounds__(kMostThreads, 1) void target_attention_kernel(const
           const T *q = queries + r * kStride<T, D>, *k = row_at(a.self_key, r, kv_head);
           for (int d = t; d < a.head_dim; d += 4) product = fmaf(to_float(q[d]), to_float(k[d]), product);
         }
-        sums.softmax.m[i][h] = quad_sum(product) * p.factor;
+        sums.softmax.m[i][h] = of_row(product) * p.factor;
         if (!rows.valid(r)) continue;
         const float one =
             ptx::exp2(sums.softmax.m[i][h] - sums.softmax.m[i][h]);  // or NaN, as of a NaN's softmax
@@ -257,7 +257,7 @@ __global__ __launch_bounds__(kMostThreads, 1) void target_attention_kernel(const
     const auto shown = [&](int event, int x) {
       return !(kGuarded && x == 1 && scoring.bias && scoring.bias_at(event) == -infinity());
     };
-    for_each_tile<T, D, V, N>(set, stages, chunk * kChunk, min(most, (chunk + 1) * kChunk), shown,
+    for_each_tile<T, D, V, N>(set, stages, chunk * kChunkEvents, min(most, (chunk + 1) * kChunkEvents), shown,
                               [&](int event, const T* keys, const T* values) {
                                 float s[MT][N / 8][4];
                                 scores<Kind, D, N, MT>(s, query, keys);
@@ -344,7 +344,7 @@ __global__ __launch_bounds__(kMostThreads) void target_attention_merge_kernel(co
     const int64_t candidate = tile.rows.first + i / p.pack;
     if (candidate >= tile.rows.end) return;
     const int64_t row = candidate * a.heads + blockIdx.y * p.pack + i % p.pack;
-    const int chunks = max(1, (seen_events(a, candidate, length) + kChunk - 1) / kChunk);
+    const int chunks = max(1, (seen_events(a, candidate, length) + kChunkEvents - 1) / kChunkEvents);
     float m = -infinity(), l = 0.0f, acc[kEach] = {};
     for (int chunk = 0; chunk < chunks; chunk++) {
       const float* part = p.parts + (static_cast<int64_t>(chunk) * a.rows * a.heads + row) * (D + 2);

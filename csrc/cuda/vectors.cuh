@@ -48,12 +48,7 @@ __device__ void store_piece(T* vector, int first, int dim, const Piece<T>& piece
 
 // Whether all rows and heads begin at a multiple of 16 bytes and hold whole pieces.
 inline bool is_aligned(const Vectors& vectors, int64_t dim, Element element) {
-  const int64_t bytes = element_bytes(element);
-  return (reinterpret_cast<uintptr_t>(vectors.data) | static_cast<uintptr_t>(dim * bytes) |
-          static_cast<uintptr_t>(vectors.row_stride * bytes) |
-          static_cast<uintptr_t>(vectors.head_stride * bytes)) %
-             16 ==
-         0;
+  return begin_aligned(vectors, element) && dim * element_bytes(element) % 16 == 0;
 }
 
 }  // namespace attnrec::cuda

@@ -126,6 +126,15 @@ def device():
 
 
 @pytest.fixture
+def fused_calls():
+    """What the fused kernels were called with by modules."""
+    from helpers_nn import recorded_calls
+
+    with recorded_calls() as calls:
+        yield calls
+
+
+@pytest.fixture
 def threads():
     """`threads(n)` sets torch's number of threads for the rest of the test."""
     before = torch.get_num_threads()

@@ -19,10 +19,8 @@ pytestmark = pytest.mark.cpu_only("filters are the CPU's")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["bf16", "int8"]
-READS_FILTERS = extension is not None and extension.tier_name() in (
-    "avx512_bf16",
-    "amx_bf16",
-)  # others: the rows
+# Other tiers read the rows.
+READS_FILTERS = extension is not None and extension.tier_name() in ("avx512_bf16", "amx_bf16")
 
 
 def made(rows, kind):

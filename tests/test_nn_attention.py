@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
-import pickle
-import re
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_close_to_reference, make_offsets
-from helpers_nn import DIM, HEADS, assert_same, causal, forced_plan, make_pair, recorded_calls, results
+from helpers_nn import DIM, HEADS, assert_same, causal, forced_plan, make_pair, results
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnrec.nn import FusedMultiHeadAttention, masks, pytorch_path
+from attnrec.nn import FusedMultiHeadAttention, masks
 from attnrec.nn.projections import (
     CALLS_OF_RAW_HISTORY,
     cost_of_projected_history,
@@ -31,17 +26,6 @@ from attnrec.nn.projections import (
 
 USERS, CANDIDATES, EVENTS = 3, 5, 7
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def forget_warnings():
-    pytorch_path._told.clear()
-
-
-@pytest.fixture
-def fused_calls() -> Iterator[list[dict[str, Any]]]:
-    with recorded_calls() as calls:
-        yield calls
 
 
 @pytest.fixture
@@ -376,211 +360,3 @@ def test_a_float_mask_that_only_hides_is_no_bias(fused_calls: list) -> None:
     for kind, has_bias in (("padding_float", False), ("padding_bias", True)):
         ours(x, x, x, **make_masks(kind, USERS, EVENTS, EVENTS))
         assert (fused_calls[-1]["key_bias"] is not None) == has_bias
-
-
-# --- parameters and state -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("arguments", [{}, {"kdim": 24, "vdim": 12}, {"add_bias_kv": True}, {"bias": False}])
-def test_same_seed_same_weights(arguments: dict[str, Any]) -> None:
-    torch.manual_seed(5)
-    theirs = nn.MultiheadAttention(DIM, HEADS, **arguments)
-    torch.manual_seed(5)
-    ours = FusedMultiHeadAttention(DIM, HEADS, **arguments)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    for name, x in theirs.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], x), name
-    torch.manual_seed(5)
-    ours._reset_parameters()
-    assert torch.equal(ours.state_dict()[name], x)
-    theirs.load_state_dict(ours.state_dict())
-    ours.load_state_dict(theirs.state_dict())
-
-
-def test_takes_torchs_arguments_by_position() -> None:
-    ours = FusedMultiHeadAttention(32, 4, 0.1, False, True, True, 16, 24, True, "cpu", torch.float64)
-    theirs = nn.MultiheadAttention(32, 4, 0.1, False, True, True, 16, 24, True, "cpu", torch.float64)
-    for name in ("dropout", "add_zero_attn", "kdim", "vdim", "batch_first", "num_heads", "head_dim"):
-        assert getattr(ours, name) == getattr(theirs, name)
-    assert {n: (p.shape, p.dtype) for n, p in ours.named_parameters()} == {
-        n: (p.shape, p.dtype) for n, p in theirs.named_parameters()
-    }
-
-
-class FourLinears(nn.Module):
-    """The attention that many recommenders write by hand."""
-
-    def __init__(self, dim: int, num_heads: int, kdim: int | None = None, bias: bool = True) -> None:
-        super().__init__()
-        self.heads = num_heads
-        self.query, self.out = nn.Linear(dim, dim, bias), nn.Linear(dim, dim, bias)
-        self.key, self.value = (nn.Linear(kdim or dim, dim, bias) for _ in range(2))
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        q, k, v = (
-            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for f, x in ((self.query, query), (self.key, key), (self.value, value))
-        )
-        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
-
-
-@pytest.mark.parametrize("arguments", [{}, {"kdim": 24}, {"bias": False}])
-def test_loads_four_linears(arguments: dict[str, Any]) -> None:
-    by_hand = FourLinears(DIM, HEADS, **arguments)
-    widths = {"vdim": arguments["kdim"]} if "kdim" in arguments else {}
-    ours = FusedMultiHeadAttention(DIM, HEADS, batch_first=True, **arguments, **widths)
-    nested = nn.ModuleDict({"attention": ours})
-    nested.load_state_dict({f"attention.{name}": x for name, x in by_hand.state_dict().items()})
-    query, history = torch.randn(2, 3, DIM), torch.randn(2, 5, arguments.get("kdim", DIM))
-    got = ours(query, history, history, average_attn_weights=False)
-    torch.testing.assert_close(got, by_hand(query, history, history))
-
-
-def test_four_linears_with_a_part_missing() -> None:
-    state = FourLinears(DIM, HEADS).state_dict()
-    del state["key.weight"]
-    with pytest.raises(RuntimeError, match="in_proj_weight"):
-        FusedMultiHeadAttention(DIM, HEADS).load_state_dict(state)
-
-
-def test_copies_and_moves() -> None:
-    ours, _ = make_pair(batch_first=True, add_bias_kv=True)
-    ours.eval()
-    x = torch.randn(USERS, EVENTS, DIM)
-    wanted = ours(x, x, x)
-    file = io.BytesIO()
-    torch.save(ours, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), loaded):
-        assert type(other) is FusedMultiHeadAttention
-        assert not other.training
-        torch.testing.assert_close(other(x, x, x), wanted, rtol=0, atol=0)
-    wide = copy.deepcopy(ours).to(torch.float64)
-    torch.testing.assert_close(wide(*[x.double()] * 3)[0].float(), wanted[0])
-    on_meta = copy.deepcopy(ours).to("meta")
-    assert on_meta.bias_k.device.type == "meta"
-
-
-# --- PyTorch's path -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
-def test_dropout_draws_as_torch(need_weights: bool, fused_calls: list) -> None:
-    ours, theirs = make_pair(dropout=0.4, batch_first=True)
-    query, history = torch.randn(USERS, CANDIDATES, DIM), torch.randn(USERS, EVENTS, DIM)
-    hidden = torch.arange(EVENTS) >= torch.tensor([[7], [3], [5]])
-    drawn = []
-    for module in (ours, theirs):
-        torch.manual_seed(11)
-        drawn.append(module(query, history, history, key_padding_mask=hidden, need_weights=need_weights))
-    torch.testing.assert_close(*drawn)
-    assert not fused_calls
-    ours.eval(), theirs.eval()
-    torch.testing.assert_close(ours(query, history, history), theirs(query, history, history))
-    assert len(fused_calls) == 1
-
-
-def test_says_once_what_is_not_fused() -> None:
-    ours, _ = make_pair(batch_first=True, dropout=0.1)
-    x = torch.randn(2, 4, DIM)
-    small = FusedMultiHeadAttention(8, 2)
-
-    def messages(module: nn.Module, *inputs: Tensor, **call: Any) -> list[str]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            for _ in range(2):
-                module(*inputs, **call)
-        return [str(warning.message) for warning in caught]
-
-    assert len(told := messages(ours, x, x, x)) == 1
-    assert "dropped while training" in told[0]
-    ours.eval()
-    assert not messages(ours, x, x, x)
-    assert len(told := messages(ours, x, x, x, attn_mask=torch.randn(4, 4))) == 1
-    assert "attn_mask" in told[0]
-    assert len(told := messages(small, *[x[..., :8]] * 3)) == 1
-    assert "head dim 4" in told[0]
-
-
-@pytest.mark.parametrize("embed_dim", [4, 514])
-@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
-def test_head_dims_of_pytorch(embed_dim: int) -> None:
-    ours, theirs = make_pair(embed_dim, 2, dtype=torch.float64)
-    inputs = [torch.randn(3, 2, embed_dim, dtype=torch.float64) for _ in range(3)]
-    assert_same(results(ours, inputs, "shared"), results(theirs, inputs, "shared"))
-
-
-# --- errors -------------------------------------------------------------------------------------------------
-
-
-def test_errors_name_the_argument() -> None:
-    ours = FusedMultiHeadAttention(DIM, HEADS, kdim=24, vdim=12, batch_first=True)
-    q, k, v = torch.randn(2, 3, DIM), torch.randn(2, 5, 24), torch.randn(2, 5, 12)
-    rows = q[0], k[0], v[0]
-    offsets = {"q_offsets": make_offsets([3]), "kv_offsets": make_offsets([5])}
-    nested = [torch.nested.nested_tensor(list(x), layout=torch.jagged) for x in (q, k, v)]
-    cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
-        (ValueError, "query must be 3-D", (q[None], k, v), {}),
-        (ValueError, "query must have 32 features", (k, k, v), {}),
-        (ValueError, "key must be 3-D", (q, k[0], v), {}),
-        (ValueError, "key must have 24 features", (q, v, v), {}),
-        (ValueError, "key must have query's batch size 2, got 1", (q, k[:1], v[:1]), {}),
-        (ValueError, "value must have 12 features", (q, k, k), {}),
-        (ValueError, "value must have as many rows as key", (q, k, v[:, 1:]), {}),
-        (
-            ValueError,
-            r"key_padding_mask must have shape \(2, 5\)",
-            (q, k, v),
-            {"key_padding_mask": causal(2, 4)},
-        ),
-        (
-            TypeError,
-            "key_padding_mask must be boolean",
-            (q, k, v),
-            {"key_padding_mask": torch.ones(2, 5).int()},
-        ),
-        (
-            ValueError,
-            r"attn_mask must have shape \(3, 5\) or \(4, 3, 5\)",
-            (q, k, v),
-            {"attn_mask": causal(5, 3)},
-        ),
-        (TypeError, "attn_mask must be boolean", (q, k, v), {"attn_mask": torch.ones(3, 5).long()}),
-        (RuntimeError, "attn_mask, which is missing", (q, k, v), {"is_causal": True}),
-        (ValueError, "visible goes with packed", (q, k, v), {"visible": torch.ones(6).long()}),
-        (ValueError, "kv_lengths goes with packed", (q, k, v), {"kv_lengths": torch.ones(2).long()}),
-        (ValueError, "kv_offsets is missing", rows, {"q_offsets": offsets["q_offsets"]}),
-        (ValueError, "q_offsets is missing", rows, {"kv_offsets": offsets["kv_offsets"]}),
-        (ValueError, "key must be packed", (rows[0], k, rows[2]), offsets),
-        (ValueError, "attn_mask goes with dense", rows, {**offsets, "attn_mask": causal(3, 5)}),
-        (
-            ValueError,
-            "is_causal and visible",
-            rows,
-            {**offsets, "is_causal": True, "visible": torch.ones(3).long()},
-        ),
-        (ValueError, "key must be nested", (nested[0], k, v), {}),
-        (ValueError, "key is nested", (q, nested[1], v), {}),
-        (ValueError, "go with packed input, got nested", tuple(nested), offsets),
-        (ValueError, "key_padding_mask goes with dense", tuple(nested), {"key_padding_mask": causal(2, 5)}),
-    ]
-    for error, message, inputs, call in cases:
-        with pytest.raises(error, match=message):
-            ours(*inputs, **call)
-    shorter = torch.nested.nested_tensor([v[0, 1:], v[1]], layout=torch.jagged)
-    with pytest.raises(ValueError, match="value must have as many rows"):
-        ours(nested[0], nested[1], shorter)
-
-
-def test_the_examples_of_the_documentation_run() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "drop-in.md").read_text()
-    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 4
-    names: dict[str, Any] = {}
-    for example in examples:
-        exec(example, names)
-    assert names["out"].is_nested
-    assert names["weights"].shape == (3, 70, 70)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from helpers import make_offsets
-from helpers_nn import DIM, HEADS, causal, make_pair, recorded_calls
+from helpers_nn import DIM, HEADS, causal, make_pair
 from torch import Tensor, nn
 
 pytestmark = [
@@ -17,12 +16,6 @@ pytestmark = [
 ]
 
 C_LENGTHS, L_LENGTHS = [2, 0, 3, 1], [5, 4, 0, 7]
-
-
-@pytest.fixture
-def fused_calls() -> Iterator[list[dict[str, Any]]]:
-    with recorded_calls() as calls:
-        yield calls
 
 
 def packed_batch(same: str = "shared") -> list[Tensor]:

@@ -76,13 +76,13 @@ HOLDS = [
     ),
 ]
 
-TRAINING = """    torchrun --nproc-per-node 2 -m attnrec.recommender -- train --head retrieval
+TRAINING = """    torchrun --nproc-per-node 2 -m attnrec.recommender -- train
 
 trains the recommender's retrieval head so: embeddings, features, biases, their gradients and Adam's moments
-are spread over the processes, the encoder is the same on all. The run can be killed and goes on with
-`--resume`, on the same number of processes to bitwise the same weights, or on another number. (The `--` is
-for torchrun, which would take `--run` for one of its own options.) The ranking head is trained by one
-process.
+are spread over the processes, the encoder is the same on all. The ranking head is the same on all as a whole,
+and each takes its part of a batch's users. The run can be killed and goes on with `--resume`, on the same
+number of processes to bitwise the same weights, or on another number. (The `--` is for torchrun, which would
+take `--run` for one of its own options.)
 
 A script of your own ends best with `attnrec.catalog.sharded_group.disconnect()`: a process whose interpreter
 ends while gloo's threads still hold a tensor is aborted by PyTorch, and torchrun reports a failure.

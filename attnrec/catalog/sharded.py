@@ -21,7 +21,7 @@ from attnrec.catalog import sharded_checkpoint
 from attnrec.catalog.packed import Catalog
 from attnrec.catalog.search import Answer, Exclude
 from attnrec.catalog.sharded_checkpoint import Saved, evenly
-from attnrec.catalog.sharded_group import Group, Sharding
+from attnrec.catalog.sharded_group import Group, Sharding, SumOverRanks
 from attnrec.catalog.sharded_loss import CrossEntropy, Lookup, Options
 from attnrec.ops.checks import FLOATS, INTEGERS, Check, reads_values
 
@@ -225,7 +225,7 @@ class ShardedCatalog:
             return loss
         total = loss.sum()
         if own_users:
-            total = _SumOverRanks.apply(total, group)
+            total = SumOverRanks.apply(total, group)
         return total if reduction == "sum" else total / (target != ignore_index).sum()
 
     def lookup(self, ids: Tensor, *, own_ids: bool = False) -> Tensor:
@@ -341,18 +341,6 @@ class ShardedCatalog:
         own, rows = self._sharding.owned(ids)
         lengths = torch.bincount(users[own], minlength=len(offsets) - 1)
         return rows[own], F.pad(lengths.cumsum(0), (1, 0))
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """A number's sum, the same on every rank; every rank's own share gets the sum's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return group.gather(x).sum(0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 def _check_table(table: Any) -> None:

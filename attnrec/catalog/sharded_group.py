@@ -89,6 +89,18 @@ class Group:
         return self.gather(own).reshape(-1)[: x.numel()].view(x.shape)
 
 
+class SumOverRanks(torch.autograd.Function):
+    """A few numbers' sum, the same on every rank; every rank's own share gets the sum's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return group.gather(x).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 def disconnect() -> None:
     """Ends torch.distributed in this process, once all ranks have come here. A collective.
 

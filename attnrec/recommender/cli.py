@@ -18,7 +18,6 @@ from .data import Interactions, UnknownNameError, load
 from .movielens import LICENSE, DataError, movielens_100k
 from .serve import Recommender, load_heads
 from .tasks import Encoded, encode_data
-from .train import ProcessesError
 from .update import EPOCHS, update_head
 
 MOVIELENS = "movielens-100k"
@@ -30,7 +29,6 @@ MENDABLE = (
     DataSetError,
     FileNotFoundError,
     UnknownNameError,
-    ProcessesError,
     runs.MissingExtraError,
 )
 
@@ -192,23 +190,25 @@ def _data(options: argparse.Namespace, console: Console) -> None:
 def _train(options: argparse.Namespace, console: Console) -> None:
     encoded = _encoded(options)
     changes = {"seed": options.seed} | ({} if options.epochs is None else {"epochs": options.epochs})
-    for head in runs.HEADS if options.head == "both" else (options.head,):
-        runs.train_head(
-            head,
-            encoded,
-            options.run,
-            console,
-            resume=options.resume,
-            tensorboard=options.tensorboard,
-            **changes,
-        )
+    with runs.connected():
+        for head in runs.HEADS if options.head == "both" else (options.head,):
+            runs.train_head(
+                head,
+                encoded,
+                options.run,
+                console,
+                resume=options.resume,
+                tensorboard=options.tensorboard,
+                **changes,
+            )
     console.print(f"checkpoints are in {options.run}")
 
 
 def _update(options: argparse.Namespace, console: Console) -> None:
     encoded = _encoded(options)
-    for head in runs.HEADS if options.head == "both" else (options.head,):
-        update_head(head, encoded, options.run, console, epochs=options.epochs, seed=options.seed)
+    with runs.connected():
+        for head in runs.HEADS if options.head == "both" else (options.head,):
+            update_head(head, encoded, options.run, console, epochs=options.epochs, seed=options.seed)
     console.print(f"checkpoints are in {options.run}")
 
 

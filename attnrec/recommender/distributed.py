@@ -1,12 +1,14 @@
-"""Training the retrieval head on several processes, each with its own rows of the catalogue.
+"""Training on several processes, each of which takes its part of every batch's users.
 
-    torchrun --nproc-per-node 2 -m attnrec.recommender train --head retrieval
+    torchrun --nproc-per-node 2 -m attnrec.recommender -- train
 
-What there is one of per item (embeddings, features, biases, their gradients and the optimizer's state) is
-spread over the processes as `attnrec.ShardedCatalog` has it; what is left of the model is the same on all of
-them. Each takes its part of a batch's users, looks up their events' items wherever those are, and together
-they find the cross-entropy over the whole catalogue. So a step is that of one process, but for rounding and
-dropout.
+Of the retrieval head what there is one of per item (embeddings, features, biases, their gradients and the
+optimizer's state) is spread over the processes as `attnrec.ShardedCatalog` has it: each looks up its events'
+items wherever those are, and together they find the cross-entropy over the whole catalogue. What is left of
+the model is the same on all of them, and so is all of the ranking head: their gradients are added up, from
+rank 0 upwards, so that every process makes the same step to the bit. (`DistributedDataParallel` promises no
+order, and averages the processes' means, which is not the mean over candidates: users have more and fewer.)
+So a step is that of one process, but for rounding and dropout.
 """
 
 from __future__ import annotations
@@ -26,42 +28,50 @@ from torch import Tensor, nn
 from attnrec import ShardedCatalog
 from attnrec.catalog import sharded_checkpoint
 from attnrec.catalog.sharded_checkpoint import Saved, as_shard
-from attnrec.catalog.sharded_group import Group, Sharding, disconnect
+from attnrec.catalog.sharded_group import Group, Sharding, SumOverRanks, disconnect
 
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .features import Categories, Dense, Feature
 from .model import CatalogDtype, History, Retrieval, RetrievalConfig
-from .tasks import RankingTask, RetrievalTask, restore
-from .train import BEST, LAST, LAST_SHARDED, OneProcess, ProcessesError, State, require_same
+from .tasks import RankingBatch, RankingTask, RetrievalTask, restore
+from .train import BEST, LAST, LAST_SHARDED, OneProcess, State, require_same
 
 TIMEOUT = timedelta(minutes=5)  # after which a process that waits for another one ends with an error
 PER_ITEM = ("items.identity", "bias")  # parameters whose first dimension is the catalogue
 
 
 @contextlib.contextmanager
+def connected(timeout: timedelta = TIMEOUT) -> Iterator[None]:
+    """In the block the processes that torchrun started are connected, over gloo where they are not yet. Once
+    for all that a process does: what the first connection left with torchrun would mislead a second one.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timeout)
+    yield
+    disconnect()  # and not after an error: the others may never come to the end
+
+
+@contextlib.contextmanager
 def together(
     task: RetrievalTask | RankingTask, folder: Path, timeout: timedelta = TIMEOUT
 ) -> Iterator[Processes]:
-    """In the block the processes that torchrun started have the task's model in parts; after it the task has
-    the best weights of `folder`, whole. They are connected over gloo, where they are not yet.
-
-    Raises:
-        ProcessesError: it is the ranking head.
+    """In the block the processes that torchrun started train the task together; after it the task has the
+    best weights of `folder`, whole.
     """
-    if not isinstance(task, RetrievalTask):
-        raise ProcessesError("the ranking head is trained by one process: start it without torchrun")
-    connected = dist.is_initialized()
-    if not connected:
-        dist.init_process_group("gloo", timeout=timeout)
-    group = Group()
-    whole, task.model = task.model, ShardedRetrieval.of(task, group)
-    yield Processes(group)
-    task.model = whole
-    group.counts(0, torch.device("cpu"))  # rank 0 has written the best weights
-    restore(task, folder)
-    if not connected:  # and not after an error: the others may never come to the end
-        disconnect()
+    with connected(timeout):
+        group = Group()
+        whole = task.model
+        if isinstance(task, RetrievalTask):
+            task.model, task.processes = ShardedRetrieval.of(task, group), ShardedProcesses(group)
+        else:
+            task.processes = Processes(group)
+        yield task.processes
+        task.model, task.processes = whole, OneProcess()
+        group.counts(0, torch.device("cpu"))  # rank 0 has written the best weights
+        restore(task, folder)
 
 
 class ShardedRetrieval(Retrieval):
@@ -148,20 +158,36 @@ def _rows(feature: Feature, sharding: Sharding) -> Feature:
 
 
 class Processes(OneProcess):
-    """Several processes that train a `ShardedRetrieval` together."""
+    """Several processes that train one model together, which is the same on each."""
+
+    per_item: tuple[str, ...] = ()  # parameters that are spread over the processes instead
 
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def part(self, batch: tuple[History, Tensor]) -> tuple[History, Tensor]:
-        """Of the users, as many as the other processes have, one more or less."""
-        history, targets = batch
-        users = len(history.offsets) - 1
-        first, last = (users * rank // self.group.size for rank in (self.group.rank, self.group.rank + 1))
-        offsets = history.offsets[first : last + 1]
-        events = slice(int(offsets[0]), int(offsets[-1]))
-        own = History(history.items[events], history.levels[events], offsets - offsets[0])
-        return own, targets[events]
+    def own(self, users: int) -> slice:
+        """As many as the other processes have, one more or less."""
+        rank, ranks = self.group.rank, self.group.size
+        return slice(users * rank // ranks, users * (rank + 1) // ranks)
+
+    def part(self, batch: RankingBatch) -> RankingBatch:
+        return batch.part(self.own(batch.users))
+
+    def mean(self, x: Tensor) -> Tensor:
+        sums = SumOverRanks.apply(torch.cat((x.sum(0), x.new_tensor([len(x)]))), self.group)
+        return sums[:-1] / sums[-1]
+
+    def sharding(self, model: nn.Module) -> Sharding:
+        """Of what is spread."""
+        return Sharding.even(self.group, 0)
+
+    def own_weights(self, model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's part of a whole model's weights."""
+        return whole
+
+    def whole_weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """A whole model's weights, on every process. A collective."""
+        return model.state_dict()
 
     def start_epoch(self, seed: int, epoch: int) -> None:
         """Each process its own dropout, which depends on nothing that would have to be saved."""
@@ -173,7 +199,7 @@ class Processes(OneProcess):
         for name, parameter in model.named_parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if name in PER_ITEM:  # complete: the loss is that of all processes' users
+            if name in self.per_item:  # complete: the loss is that of all processes' users
                 squares = squares + parameter.grad.square().sum()
             else:
                 shared.append(parameter.grad)
@@ -188,7 +214,9 @@ class Processes(OneProcess):
         tensors = state.tensors()
         shards = {name: tensors.pop(name) for name in self._per_item(state, tensors)}
         saved = {"description": description, "rows": state.rows, "step": state.step}
-        sharded_checkpoint.save(folder / LAST_SHARDED, Saved(saved, state.model.sharding, shards, tensors))
+        sharded_checkpoint.save(
+            folder / LAST_SHARDED, Saved(saved, self.sharding(state.model), shards, tensors)
+        )
         if self.group.rank == 0:
             (folder / LAST).unlink(missing_ok=True)  # of another run
 
@@ -204,19 +232,40 @@ class Processes(OneProcess):
 
     def save_best(self, folder: Path, model: nn.Module, description: dict[str, Any]) -> None:
         """The file that one process would have written."""
-        whole = model.whole()
+        whole = self.whole_weights(model)
         if self.group.rank == 0:
             checkpoint.save_checkpoint(folder / BEST, whole, description)
 
     def load_best(self, folder: Path, model: nn.Module) -> None:
         self.group.counts(0, torch.device("cpu"))  # it is written
         tensors, _ = checkpoint.load_checkpoint(folder / BEST)
-        checkpoint.load_weights(folder / BEST, model, model.own(tensors))
+        checkpoint.load_weights(folder / BEST, model, self.own_weights(model, tensors))
 
     def _per_item(self, state: State, tensors: dict[str, Tensor]) -> list[str]:
         """The names of what is spread over the processes."""
-        spread = {id(x) for name, x in state.model.named_parameters() if name in PER_ITEM}
+        spread = {id(x) for name, x in state.model.named_parameters() if name in self.per_item}
         parameters = [x for group in state.optimizer.param_groups for x in group["params"]]
         prefixes = tuple(f"optimizer.{n}.exp" for n, x in enumerate(parameters) if id(x) in spread)
-        weights = {f"{of}.{name}" for of in ("model", "averaged") for name in PER_ITEM}
+        weights = {f"{of}.{name}" for of in ("model", "averaged") for name in self.per_item}
         return [name for name in tensors if name in weights or name.startswith(prefixes)]
+
+
+class ShardedProcesses(Processes):
+    """Several processes that train a `ShardedRetrieval` together."""
+
+    per_item = PER_ITEM
+
+    def part(self, batch: tuple[History, Tensor]) -> tuple[History, Tensor]:
+        history, targets = batch
+        own = self.own(len(history.offsets) - 1)
+        first, last = history.offsets[[own.start, own.stop]].tolist()
+        return history.part(own), targets[first:last]
+
+    def sharding(self, model: ShardedRetrieval) -> Sharding:
+        return model.sharding
+
+    def own_weights(self, model: ShardedRetrieval, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+        return model.own(whole)
+
+    def whole_weights(self, model: ShardedRetrieval) -> dict[str, Tensor]:
+        return model.whole()

@@ -43,6 +43,17 @@ class History(NamedTuple):
         starts = torch.repeat_interleave(self.offsets[:-1], lengths)
         return torch.arange(len(self.items), device=starts.device) - starts
 
+    def part(self, users: slice) -> History:
+        """Those of some users in a row."""
+        rows, offsets = _rows(self.offsets, users)
+        return History(self.items[rows], self.levels[rows], offsets)
+
+
+def _rows(offsets: Tensor, users: slice) -> tuple[slice, Tensor]:
+    """The rows of some users in a row, and their own offsets."""
+    offsets = offsets[users.start : users.stop + 1]
+    return slice(int(offsets[0]), int(offsets[-1])), offsets - offsets[0]
+
 
 class EntityEncoder(nn.Module):
     """Users or items as vectors: the sum of an embedding of the id and one of each feature."""
@@ -248,6 +259,12 @@ class Candidates(NamedTuple):
     statistics: Tensor  # float [T_c, S], see features.Statistics
     offsets: Tensor  # int64 [B + 1]
     visible: Tensor | None = None  # int64 [T_c]: sees only so many first events; None: all of them
+
+    def part(self, users: slice) -> Candidates:
+        """Those of some users in a row."""
+        rows, offsets = _rows(self.offsets, users)
+        visible = None if self.visible is None else self.visible[rows]
+        return Candidates(self.users[rows], self.items[rows], self.statistics[rows], offsets, visible)
 
 
 class RankingCaches(NamedTuple):

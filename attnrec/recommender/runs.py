@@ -40,6 +40,19 @@ def make_task(head: str, encoded: Encoded) -> RetrievalTask | RankingTask:
     return RankingTask(encoded, RankingConfig())
 
 
+@contextlib.contextmanager
+def connected() -> Iterator[bool]:
+    """In the block this process is connected to the others where torchrun started some; says whether."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield False
+        return
+    # here: what it imports of torch.distributed takes half as long as torch itself
+    from . import distributed
+
+    with distributed.connected():
+        yield True
+
+
 def train_head(
     head: str,
     encoded: Encoded,
@@ -53,7 +66,7 @@ def train_head(
 ) -> tuple[RetrievalTask | RankingTask, list[dict[str, float]]]:
     """Trains a head into `folder/<head>` and returns it with the best weights, and the rows of its epochs.
 
-    Under torchrun the processes train the retrieval head together, and the first one prints and writes.
+    Under torchrun the processes train the head together, and the first one prints and writes.
 
     Args:
         resume, changes: see `train.fit`; settings of `TrainConfig` other than the head's own.
@@ -66,12 +79,10 @@ def train_head(
     prepare(task)
     folder = folder / head
     with contextlib.ExitStack() as stack:
-        processes = None
-        if dist.is_available() and dist.is_torchelastic_launched():
-            # here: what it imports of torch.distributed takes half as long as torch itself
+        if stack.enter_context(connected()):
             from .distributed import together
 
-            processes = stack.enter_context(together(task, folder.parent))
+            stack.enter_context(together(task, folder.parent))
             console.quiet = dist.get_rank() > 0
             tensorboard = tensorboard and not console.quiet
         progress = stack.enter_context(_progress(console))
@@ -90,9 +101,7 @@ def train_head(
                 for name, value in row.items():
                     log.add_scalar(f"{head}/{name}", value, epoch)
 
-        rows = fit(
-            task, config, folder, resume=resume, on_step=on_step, on_epoch=on_epoch, processes=processes
-        )
+        rows = fit(task, config, folder, resume=resume, on_step=on_step, on_epoch=on_epoch)
     return task, rows
 
 

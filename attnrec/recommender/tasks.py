@@ -21,6 +21,7 @@ from .evaluation import catalog_lists, evaluate
 from .features import Categories, Feature, Statistics, encode
 from .metrics import Jagged
 from .model import Candidates, CatalogDtype, History, Ranking, RankingConfig, Retrieval, RetrievalConfig
+from .train import OneProcess
 from .vocabulary import Vocabulary
 
 K = 10  # length of the lists that people see
@@ -167,6 +168,7 @@ class RetrievalTask:
         self.description = {"head": self.name, "model": asdict(config), "data": encoded.description()}
         self.vocabulary = vars(encoded.vocabulary())
         self.training_users = np.arange(len(data.user_names))
+        self.processes = OneProcess()
         self._training = np.flatnonzero(retrieval_split(data) == TRAIN)
 
     def batches(self, size: int, random: torch.Generator) -> Iterator[tuple[History, Tensor]]:
@@ -290,6 +292,20 @@ class RankingBatch:
     levels: Tensor  # int64 [T_c], of the candidates
     rows: Tensor  # int64 [T_c], their events
 
+    @property
+    def users(self) -> int:
+        return len(self.candidates.offsets) - 1
+
+    def part(self, users: slice) -> RankingBatch:
+        """Of some users in a row."""
+        first, last = self.candidates.offsets[[users.start, users.stop]].tolist()
+        return RankingBatch(
+            self.candidates.part(users),
+            self.history.part(users),
+            self.levels[first:last],
+            self.rows[first:last],
+        )
+
 
 class RankingTask:
     """Click prediction: of each user's events the last tenth is test, the tenth before it validation."""
@@ -317,6 +333,7 @@ class RankingTask:
         self.description = {"head": self.name, "model": asdict(config), "data": encoded.description()}
         self.vocabulary = vars(encoded.vocabulary())
         self.training_users = np.arange(len(data.user_names))
+        self.processes = OneProcess()
 
     def batches(self, size: int, random: torch.Generator) -> Iterator[RankingBatch]:
         data = self.encoded.data
@@ -332,8 +349,8 @@ class RankingTask:
         reached = batch.levels[:, None] >= torch.arange(1, logits.shape[1] + 1)
         weights = torch.full((logits.shape[1],), self.config.level_weight)
         weights[self._click] = 1
-        entropy = F.binary_cross_entropy_with_logits(logits, reached.float(), reduction="none").mean(0)
-        return (entropy * weights).sum() / weights.sum()
+        entropy = F.binary_cross_entropy_with_logits(logits, reached.float(), reduction="none")
+        return (self.processes.mean(entropy) * weights).sum() / weights.sum()
 
     @torch.inference_mode()
     def judge(self, user: int, items: Ids) -> tuple[Tensor, Tensor]:
@@ -355,11 +372,12 @@ class RankingTask:
         return clicks, weights.view(len(items), len(history.items), self.config.heads)
 
     @torch.inference_mode()
-    def probabilities(self, model: Ranking, part: int) -> tuple[Tensor, Tensor]:
-        """The click probabilities of a part's events, and their rows: two `[events]`, users in order."""
+    def probabilities(self, model: Ranking, part: int, users: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The click probabilities of users' events of a part, and their rows: two `[events]`, in order."""
+        asked = np.arange(len(self.encoded.data.user_names))[users]
         found, rows = [], []
-        for users in user_batches(len(self.encoded.data.user_names), EVALUATION_USERS):
-            batch = self._impressions(users, part)
+        for of_batch in user_batches(len(asked), EVALUATION_USERS):
+            batch = self._impressions(asked[of_batch], part)
             found.append(self.click_probability(model(batch.candidates, batch.history)))
             rows.append(batch.rows)
         return torch.cat(found), torch.cat(rows)
@@ -369,7 +387,9 @@ class RankingTask:
         return logits[:, self._click].sigmoid()
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        return self._metrics(*self.probabilities(model, VALID))
+        """Each process on users of its own; torchmetrics puts together what they find."""
+        own = self.processes.own(len(self.encoded.data.user_names))
+        return self._metrics(*self.probabilities(model, VALID, own))
 
     def test(self) -> tuple[dict[str, float], Tensor, Tensor]:
         """Metrics on the test events, and their rows and probabilities."""

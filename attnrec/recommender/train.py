@@ -3,7 +3,7 @@
 After every epoch the folder holds `last.safetensors`, all that the next epoch depends on (weights, averages,
 optimizer, random states), and `best.safetensors`, the weights to use. A run that was killed and goes on
 from `last` gets the same weights, bitwise, as one that was not. What is different where several processes
-train one model is in `distributed.py`.
+train one model (`Task.processes`) is in `distributed.py`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Task(Protocol):
     name: str
     metric: str  # of validate(), higher is better
     model: nn.Module
+    processes: OneProcess  # that train it together
     description: dict[str, Any]  # what another run must agree with to go on from a checkpoint
     vocabulary: dict[str, Any]  # the names of its rows, kept with the best weights
 
@@ -86,16 +87,20 @@ class State:
         self.order.set_state(tensors["random.order"])
 
 
-class ProcessesError(RuntimeError):
-    """What several processes cannot do."""
-
-
 class OneProcess:
-    """What the loop leaves to this: its part of a batch, its gradients, and the files."""
+    """What the loop and the tasks leave to this: who computes what, the gradients, and the files."""
+
+    def own(self, users: int) -> slice:
+        """Which of so many users this process computes."""
+        return slice(0, users)
 
     def part(self, batch: Any) -> Any:
         """What this process computes of a batch."""
         return batch
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over the rows of all processes; the gradient is that of this one's."""
+        return x.mean(0)
 
     def start_epoch(self, seed: int, epoch: int) -> None:
         """Before the epoch's first batch; dropout's random state just goes on."""
@@ -139,7 +144,6 @@ def fit(
     resume: bool = False,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     on_epoch: Report = lambda row: None,
-    processes: OneProcess | None = None,
 ) -> list[dict[str, float]]:
     """Trains until validation stops improving and leaves the best averaged weights in `task.model`.
 
@@ -147,7 +151,6 @@ def fit(
         resume: go on from the folder's last checkpoint where there is one.
         on_step: is called with the epoch's step number and how many it has.
         on_epoch: is called with the epoch's row: epoch, loss, seconds and the validation metrics.
-        processes: those that train together (`distributed.Processes`); this one alone by default.
 
     Returns:
         The rows of all epochs.
@@ -156,7 +159,7 @@ def fit(
         CheckpointError: the checkpoint to go on from belongs to another configuration.
     """
     torch.manual_seed(config.seed)
-    processes = processes or OneProcess()
+    processes = task.processes
     random = torch.Generator().manual_seed(config.seed)
     state = State(task.model, copy.deepcopy(task.model), _optimizer(task.model, config), random)
     # a run that stopped may go on with more patience: that changes no weights

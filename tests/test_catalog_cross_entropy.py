@@ -117,6 +117,24 @@ def test_rows_around_blocks_and_groups(rows, dtype):
     check(*make(rows, 200, 8, dtype, ("bias", "in_batch")))
 
 
+@pytest.mark.skipif(RUNNER.backend != "triton", reason="how the Triton kernels cut the work")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "names",
+    [("temperature",), ("temperature", "bias", "label_smoothing"), ("temperature", "negatives")],
+    ids=str,
+)
+def test_many_pieces(dtype, names, monkeypatch):
+    """As many as large sizes have: splits of the items, parts of the rows, and rows group by group."""
+    from attnrec.kernels import catalog_cross_entropy, catalog_cross_entropy_backward
+
+    monkeypatch.setattr(catalog_cross_entropy, "FEWEST_ITEMS", 32)
+    monkeypatch.setattr(catalog_cross_entropy, "SUMMED", 16)
+    monkeypatch.setattr(catalog_cross_entropy_backward, "FEWEST_ROWS", 16)
+    monkeypatch.setattr(catalog_cross_entropy_backward, "GROUP", 24)
+    check(*make(45, 140, 20, dtype, ("temperature", *names)))
+
+
 @given(
     rows=st.integers(0, 40) | st.integers(0, RUNNER.smaller(150)),
     items=st.integers(1, 300) | st.integers(1, RUNNER.smaller(9000)),

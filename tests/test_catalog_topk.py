@@ -342,3 +342,72 @@ def test_memory_is_not_that_of_all_scores(peak_memory):
     with peak_memory() as grown:
         attnrec.catalog_topk(users, catalog, 5)
     assert grown() < 100 << 20
+
+
+# --- what the Triton kernels begin with: a floor from a sample ----------------------------------------------
+
+
+class Recorded:
+    """A kernel, and the grid and the arguments of its last launch."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self.grid, self.args, self.kwargs = grid, args, kwargs
+            return self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.mark.skipif(RUNNER.backend != "triton", reason="how the Triton kernels find a floor")
+@pytest.mark.parametrize(
+    ("blocks", "batch", "items", "k"), [(2048, 21, 1300, 10), (4, 21, 1300, 10), (2048, 2, 4500, 135)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("names", OPTIONS, ids=lambda names: "+".join(names) or "plain")
+def test_a_sample_gives_the_best_of_its_groups_and_a_floor(
+    dtype, names, blocks, batch, items, k, monkeypatch
+):
+    """A floor that is too low costs time and changes no result, so that nothing else would tell."""
+    from attnrec.kernels import catalog_topk as module
+    from attnrec.kernels import selection
+
+    users, catalog = integers(batch, 12, dtype=dtype), integers(items, 12, dtype=dtype, seed=1)
+    options = options_for(names, batch, items)
+    if "temperature" in names:
+        options["temperature"] = 0.5  # scores stay exact
+    sample, floor = Recorded(module._sample), Recorded(module._floor)
+    for name, value in (("_sample", sample), ("_floor", floor), ("BLOCKS", blocks)):
+        monkeypatch.setattr(module, name, value)
+    check_exactly(users, catalog, k, **options)
+
+    scores = users.float() @ catalog.float().T / options.get("temperature", 1.0) + options.get("bias", 0.0)
+    if "exclude" in names:
+        ids, offsets = options["exclude"]
+        for user in range(batch):
+            scores[user, ids[offsets[user] : offsets[user + 1]]] = -INF
+    bits = scores.where(scores != 0, 0.0).view(torch.int32).long()
+    rising = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    nothing, last_id = selection.NOTHING.value, selection.LAST_ID.value
+    keys = (rising << 32 | torch.arange(items) ^ last_id).where(scores > -INF, nothing)
+
+    groups, width = sample.kwargs["GROUPS"], sample.kwargs["BLOCK_N"]
+    tiles, of_sample = sample.args[8], sample.grid[1]
+    assert tiles == items // (width * module.EVERY)
+    best = torch.full((batch, of_sample, groups), nothing)
+    for tile in range(tiles):
+        first = (tile * module.EVERY + (tile * 5 + tile // 8) % module.EVERY) * width
+        of_tile = keys[:, first : first + width].view(batch, groups, -1).amax(2)
+        best[:, tile % of_sample] = best[:, tile % of_sample].maximum(of_tile)
+    best = best.flatten(1)
+    assert torch.equal(sample.args[5], best)
+
+    _, floors, highest, *_ = floor.args
+    reach = (best >= floors.unsqueeze(1)).sum(1)
+    enough = (best > nothing).sum(1) >= k
+    assert ((reach >= k) & (reach <= k + k // 8) & (floors > nothing))[enough].all()
+    assert (floors[~enough] == nothing).all()
+    of_best = best.amax(1, keepdim=True) & last_id ^ last_id
+    assert torch.equal(highest, scores.gather(1, of_best).squeeze(1))

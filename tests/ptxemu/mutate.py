@@ -3,12 +3,13 @@ not noticed?
 
     python -m tests.ptxemu.mutate --kernel _forward --mutants 60 tests/test_target_attention.py
 
-(and options of pytest). First the tests run once as they are; of every kernel named it is noted which
-compiled form (PTX) which test launches, which lines of it run, and which bits it writes. Then faults are
-planted in lines that run, and for each the tests that launch its form run, the quick ones first, until one
-fails. A survivor is listed with whether it wrote other bits than the kernel does. One that no input could
-tell from the kernel is put on the list in equivalent.json, with the reason; every other one is a gap in the
-tests. Exits with 1 where a survivor is not on the list.
+Files of tests go one after the other; the default is all that test a Triton kernel. First a file's tests run
+once as they are; of every kernel it is noted which compiled form (PTX) which test launches, which lines of it
+run, and which bits it writes. Then faults are planted in lines that run. For each the launches of its form
+are repeated, those of quick tests first; where one writes other bits, its test runs with the fault, until one
+fails. A survivor is listed with whether it wrote other bits. One that no input could tell from the kernel is
+put on the list in equivalent.json, with the reason; every other one is a gap in the tests. Exits with 1 where
+a survivor is not on the list.
 """
 
 import argparse
@@ -36,10 +37,13 @@ import pytest
 import torch
 import triton
 
-from ptxemu import session
+from ptxemu import PtxError, session
 from ptxemu.mutations import KINDS, mutants
+from ptxemu.program import load
 
 HERE = Path(__file__).resolve().parent
+OPS = "softmax_score", "target_attention", "target_attention_backward", "target_attention_weights"
+OPS += "catalog_topk", "catalog_cross_entropy"
 SOURCES = HERE.parent.parent / "kernels", Path(triton.__file__).parent / "language"
 
 
@@ -52,17 +56,21 @@ def source_line(file, number):
     return f"{file}: {path.read_text().splitlines()[int(number) - 1].strip()}"
 
 
+def places_of(kernel, ptx, line=None):
+    """The places in the source of the kernel's instructions, up to that line of the PTX: (file, number)."""
+    lines = ptx.split("\n")
+    first = next(i for i, text in enumerate(lines) if re.search(rf"\.entry\s+{re.escape(kernel)}\b", text))
+    found = [re.search(r"\.loc\s.*// ([\w.]+):(\d+)", text) for text in lines[first:line]]
+    return [(m[1], m[2]) for m in found if m and m[2] != "0"]
+
+
 def identity(kernel, ptx, mutant):
     """What says which fault it is, as long as that line of the source stays: registers have no numbers."""
-    lines = ptx.split("\n")
-    first = next(i for i, line in enumerate(lines) if re.search(rf"\.entry\s+{re.escape(kernel)}\b", line))
-    found = [re.search(r"\.loc\s.*// ([\w.]+):(\d+)", line) for line in lines[first : mutant.line]]
-    places = [source_line(m[1], m[2]) for m in found if m and m[2] != "0"]
     instruction = re.sub(r"(%[a-z]+|__BB\d+_)\d+", r"\1", " ".join(mutant.old.split("//")[0].split()))
     return {
-        "kernel": f"{places[0].partition(':')[0]}: {kernel}",
+        "kernel": kernel,
         "kind": mutant.kind,
-        "source": places[-1],
+        "source": source_line(*places_of(kernel.partition(": ")[2], ptx, mutant.line)[-1]),
         "instruction": instruction,
     }
 
@@ -80,13 +88,21 @@ def reason_for(what):
 # --- running the tests --------------------------------------------------------------------------------------
 
 
-class Observer:
-    """What each test launches: (form of the kernel, digest of what was written)."""
+def digest_of(call, stats):
+    """Of all that a launch has written."""
+    digest = hashlib.sha256()
+    for buffer, written in stats.written.items():
+        digest.update(call.memory.bytes_of(buffer)[written].tobytes())
+    return digest.hexdigest()
 
-    def __init__(self, kernels, only=None):
-        self.kernels, self.only, self.test = kernels, only, None
+
+class Observer:
+    """What each test launches: (form of the kernel, the Call, its memory before, digest of what it wrote)."""
+
+    def __init__(self, kernels):
+        self.kernels, self.test = kernels, None  # kernels: their names; empty for all
         self.launches = defaultdict(list)  # test -> launches, in order
-        self.forms = {}  # digest of the PTX -> (kernel, PTX)
+        self.forms = {}  # digest of the PTX -> ("file: kernel", PTX)
         self.lines = defaultdict(set)  # digest of the PTX -> its lines that some test runs
         self.seconds = Counter()  # of each test
 
@@ -96,46 +112,54 @@ class Observer:
         settings.register_profile("mutate", settings(phases=phases, report_multiple_bugs=False))
         settings.load_profile("mutate")
 
-    @pytest.hookimpl(trylast=True)  # of what the runner keeps
-    def pytest_collection_modifyitems(self, items):
-        if self.only is not None:
-            by_name = {item.nodeid: item for item in items}
-            items[:] = [by_name[name] for name in self.only]
-
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item):
         self.test, began = item.nodeid, time.process_time()
         yield
         self.seconds[item.nodeid] = time.process_time() - began
 
-    def observe(self, call, stats):
-        digest = hashlib.sha256()
-        for buffer, written in stats.written.items():
-            digest.update(call.memory.bytes_of(buffer)[written].tobytes())
+    def observe(self, call, stats, before):
+        if self.kernels and call.name not in self.kernels:
+            return
         form = hashlib.sha256(call.compiled.encode()).hexdigest()
-        if call.name in self.kernels or not self.kernels:
-            self.forms[form] = call.name, call.compiled
-            self.lines[form] |= stats.lines
-        self.launches[self.test].append((form, digest.hexdigest()))
+        if form not in self.forms:
+            file, _ = places_of(call.name, call.compiled)[0]
+            self.forms[form] = f"{file}: {call.name}", call.compiled
+        self.lines[form] |= stats.lines
+        self.launches[self.test].append((form, call, before, digest_of(call, stats)))
 
 
-def run(arguments, observer, edit=None):
+class Only:
+    """For pytest: one test."""
+
+    def __init__(self, name):
+        self.name = name
+
+    @pytest.hookimpl(trylast=True)  # of what the runner keeps
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if item.nodeid == self.name]
+
+
+MOST_STEPS = 300_000
+
+
+def run(arguments, plugin, observe=None, edit=None):
     """pytest's exit status, in this process; without output."""
-    session.observe, session.edit, session.max_steps = observer.observe, edit, 1_000_000
+    session.observe, session.edit, session.max_steps = observe, edit, MOST_STEPS
     session.MOST = 0  # what only the order of warps tells is a race too
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         status = pytest.main(
-            [*arguments, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"], [observer]
+            [*arguments, "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore"], [plugin]
         )
     return int(status), out.getvalue()
 
 
 def in_child(function, limit):
-    """function() in a forked process, as JSON; None where it took longer than `limit` seconds."""
+    """function() in a forked process, as JSON; None where it took more than `limit` seconds of CPU."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.alarm(limit)
+        signal.setitimer(signal.ITIMER_PROF, limit)
         with os.fdopen(write, "w") as f:
             f.write(json.dumps(function()))
         os._exit(0)
@@ -148,34 +172,53 @@ def in_child(function, limit):
 
 def judge(mutant, form, arguments, tests, observer, limit):
     """ "noticed", "survived" (and wrote other bits), "same bits" or "no end" within `limit` seconds."""
-    seen = Observer(observer.kernels, tests)
+    _, ptx = observer.forms[form]
+    planted = mutant.plant(ptx)
 
-    def edit(name, ptx):
-        return mutant.plant(ptx) if hashlib.sha256(ptx.encode()).hexdigest() == form else ptx
+    def differs(test):
+        """Whether the fault changes what the test's launches write; an error ends the test."""
+        for of, call, before, digest in observer.launches[test]:
+            if of == form:
+                call.memory.restore(before)
+                call.program = load(planted)
+                stats = call.run(memory_stats=False, races=session.races, max_steps=MOST_STEPS)
+                if digest_of(call, stats) != digest:
+                    return True
+        return False
 
     def attempt():
-        status, _ = run(arguments, seen, edit)
-        if status != 0:
+        some = False
+        try:
+            for test in tests:
+                if differs(test):
+                    some = True
+                    status, _ = run(
+                        arguments, Only(test), edit=lambda name, text: planted if text == ptx else text
+                    )
+                    if status != 0:
+                        return "noticed"
+        except PtxError:
             return "noticed"
-        same = all(seen.launches[test] == observer.launches[test] for test in tests)
-        return "same bits" if same else "survived"
+        return "survived" if some else "same bits"
 
     return in_child(attempt, limit) or "no end"
 
 
-def choose(observer, using, forms, count, seed):
-    """`count` mutants of each kernel, in lines that run, the kinds in turn, in the `forms` forms of it that
-    most tests launch: what one test launches may be there to be held against itself only."""
-    rng = random.Random(seed)
-    by_kind = defaultdict(lambda: {kind: [] for kind in KINDS})
+def choose(observer, using, skip, forms, count, seed):
+    """`count` mutants of each kernel but those to skip, in lines that run, the kinds in turn, in the `forms`
+    forms of it that most tests launch: what one test launches may be there to be held against itself only."""
+    by_kernel = defaultdict(lambda: {kind: [] for kind in KINDS})
     taken = Counter()
     for form, (kernel, ptx) in sorted(observer.forms.items(), key=lambda x: (-len(using[x[0]]), x[0])):
+        if kernel in skip or taken[kernel] == forms:
+            continue
         taken[kernel] += 1
-        for mutant in mutants(ptx, kernel) if taken[kernel] <= forms else ():
+        for mutant in mutants(ptx, kernel.partition(": ")[2]):
             if mutant.line in observer.lines[form]:
-                by_kind[kernel][mutant.kind].append((form, kernel, mutant))
-    for kernel, kinds in sorted(by_kind.items()):
+                by_kernel[kernel][mutant.kind].append((form, kernel, mutant))
+    for kernel, kinds in sorted(by_kernel.items()):
         print(f"{kernel}: {sum(map(len, kinds.values()))} mutants in lines that run", flush=True)
+        rng = random.Random(f"{seed} {kernel}")
         for found in kinds.values():
             rng.shuffle(found)
         chosen = []
@@ -184,43 +227,52 @@ def choose(observer, using, forms, count, seed):
         yield from chosen[:count]
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m tests.ptxemu.mutate")
-    parser.add_argument("--kernel", action="append", default=[], help="its name; default: all launched")
-    parser.add_argument("--mutants", type=int, default=13, help="how many of each kernel (default 13)")
-    parser.add_argument("--forms", type=int, default=2, help="of how many compiled forms of it (default 2)")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="only mutants of this kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=120, help="seconds for a mutant (default 120)")
-    options, arguments = parser.parse_known_args(argv)
-    torch.set_num_threads(1)  # the process forks
-    for kind in set(KINDS) - set(options.kind or KINDS):
-        del KINDS[kind]
-
+def mutate(arguments, options, results):
+    """Adds up what becomes of the mutants of the kernels that these tests launch and no file before them."""
     observer = Observer(options.kernel)
-    status, output = run(arguments, observer)
+    status, output = run(arguments, observer, observer.observe)
     if status != 0:
         print(output)
         sys.exit("the tests fail as they are")
     gc.freeze()  # what is there now stays
     using = defaultdict(list)
     for test in sorted(observer.launches, key=observer.seconds.get):
-        for form in dict.fromkeys(form for form, _ in observer.launches[test]):
+        for form in dict.fromkeys(form for form, *_ in observer.launches[test]):
             using[form].append(test)
-    results = Counter()
-    for form, kernel, mutant in choose(observer, using, options.forms, options.mutants, options.seed):
+    before = {kernel for kernel, _ in results}
+    for form, kernel, mutant in choose(observer, using, before, options.forms, options.mutants, options.seed):
         verdict = judge(mutant, form, arguments, using[form], observer, options.limit)
-        if verdict in ("survived", "same bits"):
+        if verdict in ("survived", "same bits", "no end"):
             what = identity(kernel, observer.forms[form][1], mutant) | {"verdict": verdict}
             print(f"{verdict}: {mutant}\n  {json.dumps(what)}\n  {len(using[form])} tests, {using[form][0]}")
             reason = reason_for(what)
             print(f"  {reason or 'not on the list'}", flush=True)
             verdict = "equivalent" if reason else verdict
         results[kernel, verdict] += 1
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.ptxemu.mutate")
+    parser.add_argument("tests", nargs="*", default=[f"tests/test_{op}.py" for op in OPS])
+    parser.add_argument("-k", help="only tests of this expression, as pytest's -k")
+    parser.add_argument("--kernel", action="append", default=[], help="its name; default: all launched")
+    parser.add_argument("--mutants", type=int, default=13, help="how many of each kernel (default 13)")
+    parser.add_argument("--forms", type=int, default=2, help="of how many compiled forms of it (default 2)")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="only mutants of this kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=120, help="seconds for a mutant (default 120)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the process forks
+    for kind in set(KINDS) - set(options.kind or KINDS):
+        del KINDS[kind]
+
+    results = Counter()
+    for tests in options.tests:
+        mutate([tests, *(["-k", options.k] if options.k else [])], options, results)
     verdicts = "noticed", "equivalent", "same bits", "survived", "no end"
-    print(f"\n{'kernel':24}{''.join(f'{verdict:>12}' for verdict in verdicts)}")
+    print(f"\n{'kernel':50}{''.join(f'{verdict:>12}' for verdict in verdicts)}")
     for kernel in dict.fromkeys(kernel for kernel, _ in results):
-        print(f"{kernel:24}{''.join(f'{results[kernel, verdict]:12}' for verdict in verdicts)}")
+        print(f"{kernel:50}{''.join(f'{results[kernel, verdict]:12}' for verdict in verdicts)}")
     sys.exit(any(n for (_, verdict), n in results.items() if verdict not in ("noticed", "equivalent")))
 
 

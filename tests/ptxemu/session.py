@@ -24,7 +24,7 @@ races = True
 max_steps = 30_000_000
 
 # For tests of the tests (mutate.py): `edit(name, ptx)` gives the PTX to run in place of what was compiled,
-# `observe(call, stats)` sees each launch.
+# `observe(call, stats, before)` sees each launch, with a snapshot of its memory before it.
 edit = None
 observe = None
 _seeds = itertools.count()
@@ -35,7 +35,7 @@ def execute(call):
     before = call.memory.snapshot()
     stats = call.run(memory_stats=False, races=races, max_steps=max_steps)
     if observe is not None:
-        observe(call, stats)
+        observe(call, stats, before)
     if not (MOST and races and call.blocks):
         return stats
     seed = next(_seeds)

@@ -111,7 +111,7 @@ class Launches:
     def __init__(self):
         self.forms, self.lines, self.results = {}, {}, []
 
-    def __call__(self, call, stats):
+    def __call__(self, call, stats, before):
         self.forms[call.compiled] = call.name
         self.lines[call.compiled] = self.lines.get(call.compiled, set()) | stats.lines
 

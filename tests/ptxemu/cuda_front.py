@@ -30,10 +30,7 @@ _I, _U, _Z, _P, _S = ctypes.c_int, ctypes.c_uint, ctypes.c_size_t, ctypes.c_void
 class _Hooks(ctypes.Structure):
     _fields_ = [
         ("launch", ctypes.CFUNCTYPE(_I, _I, _S, _U, _U, _U, _U, _U, _U, _Z, _Z, ctypes.POINTER(_P))),
-        ("allocate", ctypes.CFUNCTYPE(_P, _Z)),
-        ("release", ctypes.CFUNCTYPE(_I, _P)),
         ("symbol", ctypes.CFUNCTYPE(_P, _I, _S)),
-        ("static_shared", ctypes.CFUNCTYPE(_I, _I, _S)),
     ]
 
 
@@ -91,21 +88,8 @@ class _Runtime:
             lib.error = lib.error or e
             return 719  # cudaErrorLaunchFailure
 
-    def _allocate(self, size):
-        return self.memory.allocate(size, "cudaMalloc").base
-
-    def _release(self, pointer):
-        try:
-            self.memory.release(pointer)
-            return 0
-        except ValueError:
-            return 1
-
     def _symbol(self, library, name):
         return self.libraries[library].program.addresses.get(name.decode())
-
-    def _static_shared(self, library, kernel):
-        return self.libraries[library].program.kernel(kernel.decode()).shared_bytes
 
 
 _runtime = None
@@ -188,7 +172,7 @@ class CudaLibrary:
         finally:
             self.options = before
             for b in list(_runtime.memory.buffers):
-                if b not in known and b.name != "cudaMalloc":
+                if b not in known:
                     _runtime.memory.release(b.base)
         if self.error is not None:
             raise self.error

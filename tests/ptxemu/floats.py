@@ -40,8 +40,7 @@ def _odd(s, err):
     if not fix.any():
         return s
     away = np.signbit(s) == np.signbit(err)
-    near_zero = s == 0  # cannot be: an inexact double sum is not 0
-    return np.where(fix & ~near_zero, bits + np.where(away, 1, -1), bits).view(F64)
+    return np.where(fix, bits + np.where(away, 1, -1), bits).view(F64)  # an inexact sum is not 0
 
 
 def add_odd(a, b):
@@ -145,24 +144,6 @@ def fma_f64(a, b, c):
     z = _odd(tl + vl, _two_sum_error(tl, vl, tl + vl))
     r = vh + z
     return np.where(np.isfinite(r), r, a * b + c)
-
-
-def add_f64(a, b, mode):
-    s = a + b
-    return s if mode == "rn" else _step_f64(s, _two_sum_error(a, b, s), mode)
-
-
-def mul_f64(a, b, mode):
-    if mode == "rn":
-        return a * b
-    p, e = _two_product(a, b)
-    return _step_f64(p, e, mode)
-
-
-def _step_f64(s, err, mode):
-    down = (err < 0) & ((mode == "rm") | ((mode == "rz") & (s > 0)))
-    up = (err > 0) & ((mode == "rp") | ((mode == "rz") & (s < 0)))
-    return np.where(down, np.nextafter(s, -np.inf), np.where(up, np.nextafter(s, np.inf), s))
 
 
 def ftz(x):

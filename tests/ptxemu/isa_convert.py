@@ -138,20 +138,15 @@ def float_to_int(x, t, mode):
 
 def int_to_float(x, t, mode):
     """Integer array -> array of the float type (bf16: bits), one rounding."""
-    if t.name == "f64" and mode == "rn":
-        return x.astype(F64)
-    if t.name == "f32" and mode == "rn":
-        return x.astype(F32)
+    if mode == "rn" and t.name in ("f32", "f64"):
+        return x.astype(t.view)
     exact = x.astype(np.longdouble)  # 64 bits of mantissa: exact
     y = exact.astype(F64)
     y = fl._odd(y, (exact - y).astype(F64))
-    if t.name == "f64":
-        r = exact.astype(F64)
-        return fl._step_f64(r, (exact - r).astype(F64), mode)
     return {"f32": fl.to_f32, "f16": fl.to_f16, "bf16": fl.to_bf16_bits}[t.name](y, mode)
 
 
-def to_float_type(x, t, mode, ftz, sat, relu):
+def to_float_type(x, t, mode, ftz, sat):
     """float array -> array of t.view (bf16: bits)."""
     if ftz and x.dtype == F32:
         x = fl.ftz(x)
@@ -160,8 +155,6 @@ def to_float_type(x, t, mode, ftz, sat, relu):
         mode = "rn"
     if sat:
         x = fl.saturate(x)
-    if relu:
-        x = np.where((x > 0) | np.isnan(x), x, np.zeros_like(x))
     if t.name == "bf16":
         return fl.f32_to_bf16_bits(x, mode) if x.dtype == F32 else fl.to_bf16_bits(x.astype(F64), mode)
     if t.view == x.dtype:
@@ -184,16 +177,18 @@ def cvt(D, ins):
     s = mods.type()
     d = mods.type()
     mode = mods.one_of("rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna", default="rn")
-    ftz, sat, relu = mods.flag("ftz"), mods.flag("sat"), mods.flag("relu")
+    ftz, sat = mods.flag("ftz"), mods.flag("sat")
     if mods.flag("satfinite"):
         raise PtxError("unknown modifier", detail=".satfinite")
     mods.done()
+    if d.name == "f64" and not s.float and mode != "rn":
+        raise PtxError("unknown modifier", detail=f".{mode}.f64")
     if d.name in ("f16x2", "bf16x2"):  # d = {first source: high half, second: low half}
         put, half = D.dst(ins.operands[0], d), TYPES[d.name[:-2]]
         hi, lo = D.src(ins.operands[1], s), D.src(ins.operands[2], s)
 
         def pack(S, m):
-            pair = [S.full(to_float_type(x(S), half, mode, ftz, sat, relu).view(U16)) for x in (lo, hi)]
+            pair = [S.full(to_float_type(x(S), half, mode, ftz, sat).view(U16)) for x in (lo, hi)]
             put(S, np.stack(pair, 1).view(U32).ravel(), m)
 
         return pack
@@ -208,7 +203,7 @@ def cvt(D, ins):
         flush = fl.ftz if ftz and s.name == "f32" else (lambda x: x)
         return lambda S, m: put(S, float_to_int(flush(value(a(S))), d, mode), m)
     if s.float:
-        return lambda S, m: put(S, to_float_type(value(a(S)), d, mode, ftz, sat, relu), m)
+        return lambda S, m: put(S, to_float_type(value(a(S)), d, mode, ftz, sat), m)
     if d.float:
         return lambda S, m: put(S, int_to_float(a(S), d, mode), m)
     if sat:

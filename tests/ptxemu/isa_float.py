@@ -32,15 +32,13 @@ def half_load(type_, ftz=False):
     return load
 
 
-def half_store(type_, ftz=False, sat=False, relu=False):
+def half_store(type_, ftz=False, sat=False):
     """float64 values -> raw bits."""
     bf16, packed = type_.name.startswith("b"), type_.name.endswith("x2")
 
     def store(x):
         if sat:
             x = fl.saturate(x)
-        if relu:
-            x = np.where(x > 0, x, np.where(np.isnan(x), x, 0.0))
         if bf16:
             bits = fl.to_bf16_bits(x)
         else:
@@ -56,13 +54,13 @@ def half_store(type_, ftz=False, sat=False, relu=False):
 def float_op(D, ins, mods, type_, ops, n):
     """ops: name of precision -> fn(values..., mode)."""
     mode = mods.one_of(*ROUNDING, default="rn")
-    ftz, sat, relu = mods.flag("ftz"), mods.flag("sat"), mods.flag("relu")
+    ftz, sat = mods.flag("ftz"), mods.flag("sat")
     mods.flag("approx", "full")  # approximations are computed correctly rounded
     mods.done()
-    if mode != "rn" and (type_.name in HALF or (type_.name == "f64" and ins.op not in ALL_MODES_F64)):
+    if mode != "rn" and type_.name != "f32":
         raise PtxError("unknown modifier", detail=f".{mode}.{type_}")
     if type_.name in HALF:
-        load, store, op = half_load(type_, ftz), half_store(type_, ftz, sat, relu), ops["half"]
+        load, store, op = half_load(type_, ftz), half_store(type_, ftz, sat), ops["half"]
 
         def fn(*v):
             return store(op(*[load(x) for x in v], "rn"))
@@ -111,19 +109,22 @@ def _nearest(op):
     return lambda *a: op(*a[:-1])
 
 
-ALL_MODES_F64 = ("add", "sub", "mul")
 FLOAT_OPS = {
     "add": {
         "f32": _rn_else_odd(np.add, fl.add_odd),
-        "f64": fl.add_f64,
+        "f64": _nearest(np.add),
         "half": lambda a, b, _: fl.add_odd(a, b),
     },
     "sub": {
         "f32": _rn_else_odd(np.subtract, lambda a, b: fl.add_odd(a, -b)),
-        "f64": lambda a, b, m: fl.add_f64(a, -b, m),
+        "f64": _nearest(np.subtract),
         "half": lambda a, b, _: fl.add_odd(a, -b),
     },
-    "mul": {"f32": _rn_else_odd(np.multiply, np.multiply), "f64": fl.mul_f64, "half": lambda a, b, _: a * b},
+    "mul": {
+        "f32": _rn_else_odd(np.multiply, np.multiply),
+        "f64": _nearest(np.multiply),
+        "half": lambda a, b, _: a * b,
+    },
     "div": {
         "f32": lambda a, b, m: a / b if m == "rn" else fl.to_f32(a.astype(F64) / b, m),
         "f64": _nearest(np.divide),

@@ -29,24 +29,16 @@ def wide_product(t):
     return wide, lambda a, b: a.astype(wide.view) * b.astype(wide.view)
 
 
-def add_sat_s32(a, b):
-    return np.clip(a.astype(I64) + b, -(2**31), 2**31 - 1).astype(I32)
-
-
 @handles("add", "sub")
 def add_sub(D, ins):
     mods = Mods(ins)
     t = mods.type()
     if t.float:
         return float_op(D, ins, mods, t, FLOAT_OPS[ins.op], 2)
-    carry_out, sat = mods.flag("cc"), mods.flag("sat")
+    carry_out = mods.flag("cc")
     mods.done()
     if carry_out:
         return with_carry(D, ins, t, subtract=ins.op == "sub", carry_in=False, carry_out=True)
-    if sat:
-        return emit(
-            D, ins, t, add_sat_s32 if ins.op == "add" else lambda a, b: add_sat_s32(a, -b.astype(I64)), 2
-        )
     return emit(D, ins, t, np.add if ins.op == "add" else np.subtract, 2)
 
 
@@ -239,29 +231,19 @@ def bit_insert(D, ins):
     return f
 
 
-@handles("bmsk", "szext")
+@handles("bmsk")
 def bit_mask(D, ins):
-    """bmsk: b ones from bit a up. szext: the low b bits of a, sign or zero extended."""
+    """b ones from bit a up."""
     mods = Mods(ins)
-    t = mods.type()
-    limit = (
-        (lambda x: x & U32(31))
-        if mods.one_of("clamp", "wrap") == "wrap"
-        else (lambda x: np.minimum(x, U32(32)))
-    )
+    mods.type()
+    wrap = mods.one_of("clamp", "wrap") == "wrap"
     mods.done()
-    put, a, b = D.dst(ins.operands[0], t), D.src(ins.operands[1], t), D.src(ins.operands[2], "u32")
-    wide = I64 if t.signed else U64
 
-    def f(S, m):
-        if ins.op == "bmsk":
-            r = ((U64(1) << limit(b(S)).astype(U64)) - U64(1)) << limit(a(S)).astype(U64)
-        else:
-            up = wide(64) - limit(b(S)).astype(wide)
-            r = np.where(up == 64, wide(0), a(S).astype(wide) << up >> np.minimum(up, wide(63)))
-        put(S, r.astype(t.view), m)
+    def f(a, b):
+        a, b = ((x & U32(31) if wrap else np.minimum(x, U32(32))).astype(U64) for x in (a, b))
+        return (((U64(1) << b) - U64(1)) << a).astype(U32)
 
-    return f
+    return emit(D, ins, TYPES["b32"], f, 2)
 
 
 def top_bit(x):
@@ -311,33 +293,18 @@ def brev(D, ins):
     return emit(D, ins, t, f, 1)
 
 
-_PRMT = {  # selector & 3 -> source bytes of d.b0 .. d.b3
-    "f4e": [(0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5), (3, 4, 5, 6)],
-    "b4e": [(0, 7, 6, 5), (1, 0, 7, 6), (2, 1, 0, 7), (3, 2, 1, 0)],
-    "rc8": [(i, i, i, i) for i in range(4)],
-    "ecl": [(0, 1, 2, 3), (1, 1, 2, 3), (2, 2, 2, 3), (3, 3, 3, 3)],
-    "ecr": [(0, 0, 0, 0), (0, 1, 1, 1), (0, 1, 2, 2), (0, 1, 2, 3)],
-    "rc16": [(0, 1, 0, 1), (2, 3, 2, 3), (0, 1, 0, 1), (2, 3, 2, 3)],
-}
-
-
 @handles("prmt")
 def prmt(D, ins):
     mods = Mods(ins)
     mods.type()
-    table = _PRMT.get(mods.one_of(*_PRMT))
     mods.done()
-    table = None if table is None else np.array(table)
 
     def f(a, b, c):
         a, b, c = np.broadcast_arrays(a, b, c)
         data = np.stack([a, b], 1).view(U8)  # bytes of {b, a}
-        if table is not None:
-            r = np.take_along_axis(data, table[c & U32(3)], 1)
-        else:
-            nibble = (c[:, None] >> np.arange(0, 16, 4, dtype=U32)) & U32(15)
-            r = np.take_along_axis(data, (nibble & U32(7)).astype(I64), 1)
-            r = np.where(nibble & U32(8), (r.view(np.int8) >> 7).view(U8), r)
+        nibble = (c[:, None] >> np.arange(0, 16, 4, dtype=U32)) & U32(15)
+        r = np.take_along_axis(data, (nibble & U32(7)).astype(I64), 1)
+        r = np.where(nibble & U32(8), (r.view(np.int8) >> 7).view(U8), r)
         return np.ascontiguousarray(r).view(U32).ravel()
 
     return emit(D, ins, TYPES["b32"], f, 3)

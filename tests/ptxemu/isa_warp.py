@@ -5,7 +5,6 @@ import numpy as np
 from . import floats as fl
 from .decode import TYPES, Mods, handles
 from .errors import Fault, PtxError
-from .isa_float import half_store
 from .isa_memory import count_shared
 from .machine import RESELECT
 
@@ -285,14 +284,12 @@ def _spread(words, used, uses):
 
 
 def _elements(type_):
-    """fn(u32 array) -> float64 or integer-valued float64 elements, last axis = those of one register."""
+    """fn(u32 array) -> float64 elements, last axis = those of one register."""
     if type_ == "f16":
         return lambda x: x.view(np.float16).astype(F64)
     if type_ == "bf16":
         return lambda x: fl.bf16_bits_to_f32(x.view(U16)).astype(F64)
-    if type_ == "tf32":  # the hardware ignores the low 13 bits
-        return lambda x: (x & U32(0xFFFFE000)).view(F32).astype(F64)
-    return lambda x: x.view({"s8": np.int8, "u8": np.uint8}[type_]).astype(F64)
+    return lambda x: (x & U32(0xFFFFE000)).view(F32).astype(F64)  # tf32: the low 13 bits are ignored
 
 
 _MMA = {
@@ -301,94 +298,44 @@ _MMA = {
     ("bf16", "m16n8k16"),
     ("bf16", "m16n8k8"),
     ("tf32", "m16n8k8"),
-    ("tf32", "m16n8k4"),
-    ("s8", "m16n8k16"),
-    ("u8", "m16n8k16"),
-    ("s8", "m16n8k32"),
-    ("u8", "m16n8k32"),
 }
 
 
 @handles("mma")
 def mma(D, ins):
-    """D = A B + C. The products and their sum with C are formed in float64 (products are exact
-    there) and rounded once; integer products are exact."""
+    """D = A B + C in fp32. The products and their sum with C are formed in float64 (products are exact there)
+    and rounded once."""
     mods = Mods(ins)
     for part in ("sync", "aligned", "row", "col"):
         if not mods.flag(part):
             raise PtxError("unknown modifier", detail=f"mma without .{part}")
-    satfinite = mods.flag("satfinite")
     shape, d_type, a_type, b_type, c_type = mods.left
-    if shape == "m8n8k4" and {d_type, a_type, b_type, c_type} == {"f64"}:
-        return mma_f64(D, ins)
-    if (
-        (a_type, shape) not in _MMA
-        or (a_type != b_type and not {a_type, b_type} <= {"s8", "u8"})
-        or c_type != d_type
-        or d_type
-        not in (("s32",) if a_type in ("s8", "u8") else ("f16", "f32") if a_type == "f16" else ("f32",))
-    ):
+    if (a_type, shape) not in _MMA or a_type != b_type or not d_type == c_type == "f32":
         raise PtxError("unknown modifier", detail="mma." + ".".join(mods.left))
-    k = int(shape[5:].lstrip("nk").split("k")[-1])
-    per = {"f16": 2, "bf16": 2, "tf32": 1, "s8": 4, "u8": 4}[a_type]  # elements in a register
+    k = int(shape.partition("k")[2])
+    per = 1 if a_type == "tf32" else 2  # elements in a register
     parts = k // (4 * per)  # pieces of k, each 4 lanes wide
     # A register i holds row g (+8 when i is odd), k piece i // 2; B register i: column g, k piece i,
     # where the lane is 4 g + t and the piece's elements are t * per ... (t + 1) * per - 1.
-    load_a, load_b = _elements(a_type), _elements(b_type)
+    load = _elements(a_type)
     names = [D.vector(x) for x in ins.operands]
-    if [len(x) for x in names] != [
-        2 if d_type == "f16" else 4,
-        2 * parts,
-        parts,
-        2 if d_type == "f16" else 4,
-    ]:
+    if [len(x) for x in names] != [4, 2 * parts, parts, 4]:
         raise PtxError("vector length does not match")
     puts = [D.dst(x, "b32") for x in names[0]]
     a, b, c = ([D.src(x, "b32") for x in v] for v in names[1:])
-    pack_half = half_store(TYPES["f16x2"])
 
     def stack(gets, S):
         return np.stack([S.full(g(S)) for g in gets])
 
     def body(S, m):
         w = S.W
-        A = load_a(stack(a, S)).reshape(parts, 2, w, 8, 4, per).transpose(2, 1, 3, 0, 4, 5).reshape(w, 16, k)
-        B = load_b(stack(b, S)).reshape(parts, w, 8, 4, per).transpose(1, 0, 3, 4, 2).reshape(w, k, 8)
-        C = stack(c, S)
-        if d_type == "f16":  # register i: rows g + 8 i, columns 2 t, 2 t + 1
-            r = A @ B + C.view(np.float16).astype(F64).reshape(2, w, 8, 4, 2).transpose(
-                1, 0, 2, 3, 4
-            ).reshape(w, 16, 8)
-            r = r.reshape(w, 2, 8, 4, 2).transpose(1, 0, 2, 3, 4).reshape(2, w * 32, 2)
-            for put, v in zip(puts, r, strict=True):
-                put(S, pack_half(v), m)
-            return
-        C = C.view(F32 if d_type == "f32" else np.int32).astype(F64)
+        A = load(stack(a, S)).reshape(parts, 2, w, 8, 4, per).transpose(2, 1, 3, 0, 4, 5).reshape(w, 16, k)
+        B = load(stack(b, S)).reshape(parts, w, 8, 4, per).transpose(1, 0, 3, 4, 2).reshape(w, k, 8)
+        C = stack(c, S).view(F32).astype(F64)
         # register i: row g + 8 (i // 2), column 2 t + i % 2
         r = A @ B + C.reshape(2, 2, w, 8, 4).transpose(2, 0, 3, 4, 1).reshape(w, 16, 8)
-        if d_type == "f32":
-            r = r.astype(F32)
-        else:
-            r = np.clip(r, -(2.0**31), 2.0**31 - 1) if satfinite else r
-            r = r.astype(np.int64).astype(np.int32)
-        r = r.reshape(w, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, w * 32)
+        r = r.astype(F32).reshape(w, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, w * 32)
         for put, v in zip(puts, r, strict=True):
             put(S, v, m)
-
-    return warp_wide(body)
-
-
-def mma_f64(D, ins):
-    """m8n8k4: A is row g, column t; B row t, column g; C and D row g, columns 2 t and 2 t + 1."""
-    names = [D.vector(x) for x in ins.operands]
-    puts = [D.dst(x, "f64") for x in names[0]]
-    (a,), (b,), c = ([D.src(x, "f64") for x in v] for v in names[1:])
-
-    def body(S, m):
-        A, B = S.full(a(S)).reshape(-1, 8, 4), S.full(b(S)).reshape(-1, 8, 4).transpose(0, 2, 1)
-        C = np.stack([S.full(x(S)) for x in c], 1).reshape(-1, 8, 8)
-        r = (A @ B + C).reshape(-1, 2)
-        for i, put in enumerate(puts):
-            put(S, np.ascontiguousarray(r[:, i]), m)
 
     return warp_wide(body)

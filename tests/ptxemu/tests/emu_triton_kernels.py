@@ -67,21 +67,6 @@ def matmul(
 
 
 @triton.jit
-def matmul_int8(a, b, c, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    rm, rn, rk = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    x = tl.load(a + rm[:, None] * BK + rk[None, :])
-    y = tl.load(b + rn[None, :] * BK + rk[:, None])
-    tl.store(c + rm[:, None] * BN + rn[None, :], tl.dot(x, y))
-
-
-@triton.jit
-def matmul_fp64(a, b, c, B: tl.constexpr):
-    i = tl.arange(0, B)
-    at = i[:, None] * B + i[None, :]
-    tl.store(c + at, tl.dot(tl.load(a + at), tl.load(b + at), out_dtype=tl.float64))
-
-
-@triton.jit
 def attention_forward(
     q,
     k,

@@ -74,7 +74,7 @@ def test_packed_setp():
 def test_cvt_f32_to_half_and_back():
     a, b = f32_values(), rng.permutation(f32_values())
     got = run(
-        "cvt.rn.f16.f32 o0,i0; cvt.rn.bf16.f32 o1,i0; cvt.rn.f16x2.f32 o2,i0,i1; cvt.rn.bf16x2.f32 o3,i0,i1; cvt.f32.f16 o4,o0; cvt.f32.bf16 o5,o1; cvt.rn.relu.bf16.f32 o6,i0;",
+        "cvt.rn.f16.f32 o0,i0; cvt.rn.bf16.f32 o1,i0; cvt.rn.f16x2.f32 o2,i0,i1; cvt.rn.bf16x2.f32 o3,i0,i1; cvt.f32.f16 o4,o0; cvt.f32.bf16 o5,o1;",
         [("f32", a), ("f32", b)],
         [
             ("f16", np.float16),
@@ -83,7 +83,6 @@ def test_cvt_f32_to_half_and_back():
             ("bf16x2", np.uint32),
             ("f32", np.float32),
             ("f32", np.float32),
-            ("bf16", np.uint16),
         ],
     )
     with np.errstate(all="ignore"):
@@ -100,7 +99,6 @@ def test_cvt_f32_to_half_and_back():
     same(pair[:, 0], bf16_value(bf16(b)))
     same(got[4], ah.astype(np.float32))
     same(got[5], bf16_value(bf16(a)))
-    same(bf16_value(got[6])[~nan], np.maximum(bf16_value(bf16(a)), 0)[~nan] + np.float32(0))
 
 
 @pytest.mark.parametrize("mode", ["rn", "rz", "rm", "rp"])
@@ -123,14 +121,9 @@ def test_cvt_float_rounding_modes(mode):
         for g, v in zip(got, y, strict=True):
             assert Fraction(float(g)) == round_fraction(Fraction(float(v)), 8, -133, mode)
     i = ints("s64")[0]
-    got = run(
-        f"cvt.{mode}.f32.s64 o0,i0; cvt.{mode}.f64.s64 o1,i0;",
-        [("s64", i)],
-        [("f32", np.float32), ("f64", np.float64)],
-    )
-    for g, d, v in zip(*got, i, strict=True):
+    got = run(f"cvt.{mode}.f32.s64 o0,i0;", [("s64", i)], [("f32", np.float32)])
+    for g, v in zip(got, i, strict=True):
         assert Fraction(float(g)) == round_fraction(Fraction(int(v)), 24, -149, mode)
-        assert Fraction(float(d)) == round_fraction(Fraction(int(v)), 53, -1074, mode)
 
 
 def test_cvt_tf32():
@@ -290,6 +283,8 @@ def test_special_registers():
         ("add.s64 o0, i0, i0;", "register size"),
         ("mov.u32 o0, %nothing;", "unknown operand"),
         ("fma.rz.f64 a, a, a, a;", "unknown modifier"),
+        ("cvt.rz.f64.s32 a, i0;", "unknown modifier"),
+        ("max.relu.s32 o0, i0, i0;", "unknown modifier"),
         ("add.f32 o0, i0, 1;", "integer immediate"),
         ("add.f32 o0, i0, 0d3FF0000000000000;", "immediate of another"),
         ("add.f32 o0, i0;", "number of operands"),

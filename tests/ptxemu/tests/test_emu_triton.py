@@ -98,13 +98,6 @@ def test_matmul(dtype, prec, tolerance, stages):
         assert s["cp.async bytes"] > 0
 
 
-def test_matmul_fp64():
-    a, b, c = (torch.randn(64, 64, dtype=torch.float64) for _ in range(3))
-    s = launch_triton(K.matmul_fp64, (1,), a, b, c, B=64)
-    close(c, a @ b, 1e-14)
-    assert s["mma m8n8k4 f64"] == 64**3 // (8 * 8 * 4)
-
-
 def test_autotuned_kernel_runs_every_configuration():
     x, y, o = torch.randn(1000), torch.randn(1000), torch.zeros(1000)
     launch_triton(K.tuned_add, lambda meta: (triton.cdiv(1000, meta["BLOCK"]),), x, y, o, 1000)
@@ -120,17 +113,6 @@ def test_tensor_descriptors():
     assert torch.equal(o[0], x[32:, :32])
     assert torch.equal(o[1, :28], x[36:, 8:40])
     assert (o[1, 28:] == 0).all()
-
-
-def test_matmul_int8():
-    a, b = (
-        torch.randint(-128, 128, (32, 64), dtype=torch.int8),
-        torch.randint(-128, 128, (32, 64), dtype=torch.int8),
-    )
-    c = torch.zeros(32, 32, dtype=torch.int32)
-    s = launch_triton(K.matmul_int8, (1,), a, b, c, BM=32, BN=32, BK=64)
-    assert torch.equal(c, a.int() @ b.int().T)
-    assert any("s8" in k for k in s.classes)
 
 
 def reference(q, k, v, do, qo, ko, scale):

@@ -33,6 +33,9 @@ AttentionPlan = namedtuple(
     "AttentionPlan",
     "warps row_blocks pack candidates tiles head_tiles chunks apart shared_bytes part_floats",
 )
+RowsPlan = namedtuple(
+    "RowsPlan", "warps pack candidates tiles head_tiles chunks apart shared_bytes part_floats list_keys"
+)
 
 
 @pytest.fixture
@@ -128,3 +131,56 @@ class TestTargetAttention:
         many = plan(BFLOAT16, 64, 2, 2, users=1000, rows=200_000, events=10_000_000)
         assert not many.apart
         assert many.part_floats == 0
+
+
+class TestTargetAttentionWeights:
+    @pytest.fixture
+    def plan(self, plans):
+        def call(element, dim, heads, kv_heads, users, rows, events, bias=False, top=-1):
+            out = (ctypes.c_int64 * len(RowsPlan._fields))()
+            numbers = map(ctypes.c_int64, (dim, heads, kv_heads, users, rows, events))
+            plans.plan_target_attention_weights(
+                element, *numbers, ctypes.c_bool(bias), ctypes.c_int64(top), out
+            )
+            return RowsPlan(*out)
+
+        return call
+
+    @given(
+        st.sampled_from([FLOAT32, BFLOAT16, FLOAT16]),
+        st.integers(1, 256),
+        st.integers(1, 40),
+        st.integers(1, 4),
+        st.integers(0, 10**6),
+        st.integers(0, 10**9),
+        st.integers(0, 10**9),
+        st.booleans(),
+        st.integers(-1, 10**4),
+    )
+    def test_fits_the_chip_and_covers_the_batch(
+        self, plan, element, dim, group, kv_heads, users, rows, events, bias, top
+    ):
+        heads = group * kv_heads
+        p = plan(element, dim, heads, kv_heads, users, rows, events, bias, top)
+        assert p.warps in (1, 2, 4)
+        assert p.shared_bytes <= 99 * 1024  # the smallest of sm_80 and later
+        assert p.pack * p.head_tiles == heads
+        assert group % p.pack == 0  # a tile's heads share a kv head
+        assert p.pack == 1 or not bias
+        assert p.candidates * p.pack <= 16 * p.warps
+        assert p.tiles >= -(-rows // p.candidates) + users
+        assert p.chunks * CHUNK >= events
+        assert p.part_floats == (2 * p.chunks * rows * heads if p.apart else 0)
+        assert p.list_keys == (p.chunks * rows * heads * max(top, 0) if p.apart else 0)
+        assert p.list_keys <= 1 << 23
+
+    def test_a_long_history_is_cut_where_rows_do_not_fill_a_chip(self, plan):
+        sizes = {"heads": 2, "kv_heads": 2, "users": 1, "rows": 20, "events": 10_000}
+        assert plan(BFLOAT16, 64, **sizes).apart
+        assert plan(BFLOAT16, 64, **sizes, top=10).apart
+        assert not plan(BFLOAT16, 64, **sizes | {"users": 1000, "rows": 200_000, "events": 10**7}).apart
+
+    def test_nor_where_its_lists_would_fill_the_memory(self, plan):
+        sizes = {"heads": 4, "kv_heads": 4, "users": 1, "rows": 200, "events": 100_000}
+        assert plan(BFLOAT16, 64, **sizes, top=100).apart
+        assert not plan(BFLOAT16, 64, **sizes, top=1000).apart

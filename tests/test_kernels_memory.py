@@ -96,14 +96,12 @@ def test_what_a_row_sees(name, which, values):
     run(name, attention(name), **{which: integers(values).repeat(count)[:count]})
 
 
+@pytest.mark.parametrize("values", OFFSETS.values(), ids=OFFSETS)
 @pytest.mark.parametrize("which", ["q_offsets", "kv_offsets"])
-def test_offsets_of_all_weights(which):
-    """Their number is the result's size, which makes no sense where they fall."""
-    run(
-        "target_attention_weights",
-        attention("target_attention_weights"),
-        **{which: integers(OFFSETS["past the end"])},
-    )
+def test_offsets_of_all_weights(which, values):
+    if RUNNER.backend == "triton" and values != OFFSETS["past the end"]:
+        pytest.skip("weights are as many as the offsets say, which makes no sense where they fall")
+    run("target_attention_weights", attention("target_attention_weights"), **{which: integers(values)})
 
 
 @pytest.mark.parametrize("values", OFFSETS.values(), ids=OFFSETS)

@@ -158,6 +158,8 @@ BACKENDS: tuple[Backend, ...] = (CUDA, Triton(), CPU, Reference())
 # slower than the other stays where it was.
 TRITON_FIRST: dict[str, str] = {
     "target_attention": "no GPU has compared them yet",
+    "target_attention_weights": "no GPU has compared them yet",
+    "target_attention_top": "no GPU has compared them yet",
     "softmax_score": "no GPU has compared them yet",
     "softmax_score_backward": "no GPU has compared them yet",
 }

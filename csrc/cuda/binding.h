@@ -1,7 +1,8 @@
 // From stable-ABI tensors to raw arguments on a GPU: conversions, allocation, the current stream.
 //
 // A file `<op>_binding.cpp` checks an op's arguments (checks.h), fills the structs of its launcher (`<op>.h`)
-// and registers it. Nothing here or there waits for the GPU or reads a value from it.
+// and registers it. Nothing here or there waits for the GPU or reads a value from it, but for the number of
+// all weights, which is the size of a result.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

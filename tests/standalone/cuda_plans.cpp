@@ -1,6 +1,8 @@
 // The launch plans of csrc/cuda for tests/test_cuda_plans.py: numbers in, numbers out.
 #include "cuda/softmax_score.h"
 #include "cuda/target_attention.h"
+#include "cuda/target_attention_top.h"
+#include "cuda/target_attention_weights.h"
 
 namespace cuda = attnrec::cuda;
 
@@ -19,8 +21,10 @@ extern "C" void plan_softmax_score(int element, int64_t dim, int64_t users, int6
   for (int64_t value : values) *out++ = value;
 }
 
-extern "C" void plan_target_attention(int element, int64_t dim, int64_t heads, int64_t kv_heads,
-                                      int64_t users, int64_t rows, int64_t events, bool bias, int64_t* out) {
+namespace {
+
+cuda::Attention attention(int element, int64_t dim, int64_t heads, int64_t kv_heads, int64_t users,
+                          int64_t rows, int64_t events, bool bias) {
   cuda::Attention a;
   a.element = static_cast<cuda::Element>(element);
   a.head_dim = static_cast<int>(dim);
@@ -29,10 +33,32 @@ extern "C" void plan_target_attention(int element, int64_t dim, int64_t heads, i
   a.users = users;
   a.rows = rows;
   a.events = events;
-  if (bias) a.key_bias = &a;  // not read
-  const cuda::AttentionPlan plan = cuda::plan_target_attention(a);
+  if (bias) a.key_bias = "";  // not read
+  return a;
+}
+
+}  // namespace
+
+extern "C" void plan_target_attention(int element, int64_t dim, int64_t heads, int64_t kv_heads,
+                                      int64_t users, int64_t rows, int64_t events, bool bias, int64_t* out) {
+  const cuda::AttentionPlan plan =
+      cuda::plan_target_attention(attention(element, dim, heads, kv_heads, users, rows, events, bias));
   const int64_t values[] = {plan.warps,        plan.row_blocks, plan.pack,   plan.candidates,
                             plan.tiles,        plan.head_tiles, plan.chunks, plan.apart,
                             plan.shared_bytes, plan.part_floats};
+  for (int64_t value : values) *out++ = value;
+}
+
+// `top` -1: of all weights.
+extern "C" void plan_target_attention_weights(int element, int64_t dim, int64_t heads, int64_t kv_heads,
+                                              int64_t users, int64_t rows, int64_t events, bool bias,
+                                              int64_t top, int64_t* out) {
+  const cuda::Attention a = attention(element, dim, heads, kv_heads, users, rows, events, bias);
+  cuda::TopPlan plan{cuda::plan_target_attention_weights(a), 0};
+  if (top >= 0) plan = cuda::plan_target_attention_top(a, top);
+  const cuda::RowsPlan& of_rows = plan.rows;
+  const int64_t values[] = {of_rows.warps,       of_rows.pack,   of_rows.candidates, of_rows.tiles,
+                            of_rows.head_tiles,  of_rows.chunks, of_rows.apart,      of_rows.shared_bytes,
+                            of_rows.part_floats, plan.list_keys};
   for (int64_t value : values) *out++ = value;
 }

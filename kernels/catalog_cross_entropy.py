@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import streaming as st
-from .launch import Launch, native_head_dim, parameters
+from .launch import Launch, cdiv, native_head_dim, parameters
 
 # The items are cut into at most MOST_SPLITS of at least FEWEST_ITEMS: enough blocks for a chip where rows are
 # few, and little to merge.
@@ -350,7 +350,7 @@ def catalog_cross_entropy(
     launch, constants = launch_for("catalog_cross_entropy", rows)
     constants |= {"HAS_BIAS": rows.bias is not None, "SAMPLED": rows.ids is not None}
     count = users.shape[0]
-    tiles = triton.cdiv(count, launch.block_m)
+    tiles = cdiv(count, launch.block_m)
     loss, lse = (torch.empty(count, dtype=torch.float32, device=users.device) for _ in range(2))
     maxima, sums = torch.empty(2, rows.splits, count, dtype=torch.float32, device=users.device)
     if rows.splits:

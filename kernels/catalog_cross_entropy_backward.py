@@ -32,6 +32,7 @@ from .catalog_cross_entropy import (
     rows_of_call,
 )
 from .catalog_cross_entropy_negatives import collected, keys_of, own_changes
+from .launch import cdiv
 
 # Rows whose partial sums, one for each split of the items, stand in memory at a time.
 GROUP = 8192
@@ -320,7 +321,7 @@ def _fill_users(
         count = users.shape[0]
         partial = torch.empty(rows.splits, count, dim, dtype=torch.float32, device=out.device)
         if rows.splits:
-            _grad_users[(triton.cdiv(count, launch.block_m), rows.splits)](
+            _grad_users[(cdiv(count, launch.block_m), rows.splits)](
                 users, rows.items, rows.ids, rows.bias, target, lse[part],
                 partial, rows.factor,
                 *_shares(rows, smoothing), count, items,
@@ -328,7 +329,7 @@ def _fill_users(
                 rows.items.stride(0), HAS_BIAS=rows.bias is not None, SAMPLED=sampled,
                 GAIN=gain, **constants,
             )  # fmt: skip
-        _finish_users[(triton.cdiv(count, 2048 // block_d),)](
+        _finish_users[(cdiv(count, 2048 // block_d),)](
             rows.table, target, lse[part], grad[part], change[part] if sampled else None, partial,
             out[part], rows.factor, count, rows.splits,
             rows.table.stride(0), D=dim, BLOCK_D=block_d, ROWS=2048 // block_d, SAMPLED=sampled,
@@ -347,9 +348,9 @@ def _item_gradients(
     launch, constants = launch_for("catalog_cross_entropy_backward_table", rows)
     count, items, dim = rows.users.shape[0], rows.items.shape[0], constants["D"]
     sampled, gain = rows.ids is not None, _gain(rows)
-    tiles = triton.cdiv(items, launch.block_m)
-    parts = max(1, min(BLOCKS // max(1, tiles), triton.cdiv(count, FEWEST_ROWS)))
-    split = triton.cdiv(triton.cdiv(count, parts), launch.block_n) * launch.block_n
+    tiles = cdiv(items, launch.block_m)
+    parts = max(1, min(BLOCKS // max(1, tiles), cdiv(count, FEWEST_ROWS)))
+    split = cdiv(cdiv(count, parts), launch.block_n) * launch.block_n
     final = parts == 1 and not sampled
     of_items = torch.empty(
         parts,

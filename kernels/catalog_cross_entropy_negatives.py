@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import streaming as st
 from .catalog_cross_entropy import Rows, launch_for, own_scores
-from .launch import native_head_dim
+from .launch import cdiv, native_head_dim
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -109,7 +109,7 @@ def own_changes(rows: Rows, lse: Tensor, grad: Tensor) -> Tensor:
     """[T]: see `_own_changes`. Its product is launched as the forward's, to the same bits."""
     launch, constants = launch_for("catalog_cross_entropy", rows)
     change = torch.empty_like(grad)
-    _own_changes[(triton.cdiv(grad.shape[0], launch.block_m),)](
+    _own_changes[(cdiv(grad.shape[0], launch.block_m),)](
         rows.users, rows.table, rows.target, rows.target_bias, lse, grad, change, rows.factor,
         grad.shape[0], rows.users.stride(0), rows.table.stride(0), HAS_BIAS=rows.bias is not None,
         **constants,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from . import selection as sel
 from . import streaming as st
-from .launch import most_registers, native_head_dim, parameters
+from .launch import cdiv, most_registers, native_head_dim, next_power_of_2, parameters
 
 EVERY = 8  # of so many tiles one is sampled
 LIST_BYTES = 128 << 20
@@ -326,7 +326,7 @@ class Plan(NamedTuple):
 
 def plan(batch: int, items: int, k: int, most_m: int, block_n: int) -> Plan:
     """The cut for sizes of at least 1; `most_m` is the largest tile of users."""
-    tiles = triton.cdiv(items, block_n)
+    tiles = cdiv(items, block_n)
     sampled = items // (block_n * EVERY)
     if sampled * block_n < 4 * k:  # the k-th best of fewer groups would be a poor floor
         sampled = 0
@@ -336,14 +336,14 @@ def plan(batch: int, items: int, k: int, most_m: int, block_n: int) -> Plan:
         1, min(tiles // 8, LIST_BYTES // (8 * batch * capacity), tiles if sampled else items // (8 * k))
     )
     block_m = most_m
-    while block_m > 16 and (batch <= block_m // 2 or triton.cdiv(batch, block_m) * most_parts < BLOCKS // 2):
+    while block_m > 16 and (batch <= block_m // 2 or cdiv(batch, block_m) * most_parts < BLOCKS // 2):
         block_m //= 2
-    row_tiles = triton.cdiv(batch, block_m)
+    row_tiles = cdiv(batch, block_m)
     wanted = max(1, BLOCKS // row_tiles)
-    part = triton.cdiv(tiles, min(wanted, most_parts)) * block_n
-    sample_blocks = min(sampled, max(wanted, triton.cdiv(4 * k, block_n)))
-    groups = min(block_n, triton.next_power_of_2(triton.cdiv(4 * k, max(sample_blocks, 1))))
-    return Plan(block_m, sampled, sample_blocks, groups, part, triton.cdiv(items, part), min(capacity, part))
+    part = cdiv(tiles, min(wanted, most_parts)) * block_n
+    sample_blocks = min(sampled, max(wanted, cdiv(4 * k, block_n)))
+    groups = min(block_n, next_power_of_2(cdiv(4 * k, max(sample_blocks, 1))))
+    return Plan(block_m, sampled, sample_blocks, groups, part, cdiv(items, part), min(capacity, part))
 
 
 def why_not(op: str, arguments: dict[str, Any]) -> str | None:
@@ -394,7 +394,7 @@ def catalog_topk(
         "num_stages": launch.num_stages,
         "maxnreg": most_registers(launch.num_warps),
     }
-    row_tiles, factor = triton.cdiv(batch, cut.block_m), 1.0 / temperature
+    row_tiles, factor = cdiv(batch, cut.block_m), 1.0 / temperature
 
     floors = highest = None
     if cut.sampled:
@@ -423,7 +423,7 @@ def catalog_topk(
             best = best.sort(descending=True).values
         log_k = (k - 1).bit_length() if at_once else 10
         rows = max(1, 1024 >> log_k)
-        _rank[triton.cdiv(batch, rows), triton.cdiv(k, 1 << log_k)](
+        _rank[cdiv(batch, rows), cdiv(k, 1 << log_k)](
             best, scores, ids, batch, k, R=rows, LOG_K=log_k, SORT=at_once
         )
     return scores, ids, lse

@@ -68,7 +68,17 @@ def most_registers(num_warps: int) -> int:
 
 def native_head_dim(head_dim: int) -> int:
     """The power of two, at least 16, in which a kernel holds a head of this dim."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, next_power_of_2(head_dim))
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up. Triton's own, like its next power of 2, is made for kernels and takes 2 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not below `n`, which is at least 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def parameters(

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import native_head_dim, parameters
+from .launch import cdiv, native_head_dim, parameters
 from .streaming import LOG2E, find_tile, load_events, rows_of, user_range
 
 CHUNK = tl.constexpr(1024)
@@ -293,7 +293,7 @@ class _Arguments:
         self.temperature, self.bias = temperature, bias
         self.counts = users.shape[0], items.shape[0]
         # At least as many chunks as there are, whatever the offsets hold.
-        self.grid = (-(-items.shape[0] // CHUNK.value) + users.shape[0],)
+        self.grid = (cdiv(items.shape[0], CHUNK.value) + users.shape[0],)
         self.dim = users.shape[1]
         self.block_d = native_head_dim(self.dim)
         launch = parameters(kernel, head_dim=self.dim, dtype=users.dtype)

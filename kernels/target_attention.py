@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import streaming as st
-from .launch import most_registers, native_head_dim, parameters
+from .launch import cdiv, most_registers, native_head_dim, parameters
 
 # Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are merged
 # in order, by the same arithmetic whether one block runs all of them or a block each (`_merge`).
@@ -318,7 +318,7 @@ def _chunks_apart(blocks: int, events: int) -> int:
     The result is the same to the bit. No history is longer than all `events`, which is known without a look
     at the device.
     """
-    chunks = -(-events // CHUNK.value)
+    chunks = cdiv(events, CHUNK.value)
     return chunks if chunks > 1 and 2 * blocks <= PROCESSORS and blocks * chunks <= MOST_PARTS else 1
 
 
@@ -340,7 +340,7 @@ def target_attention(
     rows, heads, dim = query.shape
     events, kv_heads, _ = key.shape
     users = q_offsets.shape[0] - 1
-    out = query.new_empty(query.shape)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((rows, heads), dtype=torch.float32)
     if out.numel() == 0 or users == 0:
         return out, lse
@@ -357,7 +357,7 @@ def target_attention(
         tf32=precision == "tf32",
     )
     pack = st.heads_together(group, p.block_m, key_bias)
-    tiles, head_tiles = -(-rows // (p.block_m // pack)) + users, heads // pack
+    tiles, head_tiles = cdiv(rows, p.block_m // pack) + users, heads // pack
     apart = _chunks_apart(tiles * head_tiles, events)
     block_d = native_head_dim(dim)
     parts = None

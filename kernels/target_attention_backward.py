@@ -18,12 +18,13 @@ candidates only: the gradients of a user are the same bits in any batch.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import streaming as st
-from .launch import most_registers, native_head_dim, parameters
+from .launch import cdiv, most_registers, native_head_dim, parameters
 from .target_attention_backward_events import grad_events
 
 
@@ -356,7 +357,7 @@ def target_attention_backward(
     heads, dim = query.shape[1:]
     (rows, events), (kv_heads, users) = (query.shape[0], key.shape[0]), (key.shape[1], q_offsets.shape[0] - 1)
     grads = tuple(
-        query.new_empty(0 if x is None else x.shape, dtype=None if x is None else x.dtype)
+        query.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (query, key, value, self_key, self_value, key_bias)
     )
     grad_query, grad_key, grad_value, grad_self_key, grad_self_value, grad_key_bias = grads
@@ -388,7 +389,7 @@ def target_attention_backward(
 
     def run_rows(careful: bool) -> None:
         packed = st.heads_together(group, of_rows.block_m, key_bias)
-        grid = (triton.cdiv(rows, of_rows.block_m // packed) + users, heads // packed)
+        grid = (cdiv(rows, of_rows.block_m // packed) + users, heads // packed)
         _rows[grid](
             grad_query, row_states, grad_out, grad_lse, query, key, value, out, lse,
             *jagged, self_key, self_value, key_bias,
@@ -401,7 +402,7 @@ def target_attention_backward(
 
     def run_events(careful: bool) -> None:
         packed = st.heads_together(group, of_events.block_m, key_bias)
-        grad_events[triton.cdiv(events, of_events.block_n) + users, kv_heads](
+        grad_events[cdiv(events, of_events.block_n) + users, kv_heads](
             grad_key, grad_value, grad_key_bias, row_states, grad_out, query, key, value,
             *jagged, key_bias, scale, factor, users, rows, events, heads,
             *st.strides(grad_out, query, key, value, key_bias),
@@ -416,7 +417,7 @@ def target_attention_backward(
             run_rows(careful=True)
     if rows and self_key is not None:
         block_m = max(4096 // block_d, 16)
-        _self_slots[triton.cdiv(rows, block_m), kv_heads](
+        _self_slots[cdiv(rows, block_m), kv_heads](
             grad_self_key, grad_self_value, row_states, grad_out, query, self_key, self_value,
             scale, factor, rows, kv_heads,
             *st.strides(grad_out, query, self_key, self_value),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import selection as sel
 from . import streaming as st
-from .launch import most_registers, native_head_dim, parameters
+from .launch import cdiv, most_registers, native_head_dim, next_power_of_2, parameters
 
 LIST_BYTES = 128 << 20  # of all lists that exist at a time; more rows than that go one part after the other
 
@@ -191,8 +191,8 @@ def target_attention_top(
     group = heads // kv_heads
     pack = st.heads_together(group, block_m, key_bias)
     # As many as are asked for even where there are fewer events: what is written is as wide as a list.
-    capacity = triton.next_power_of_2(max(top, min(top + block_n, total_events)))
-    tiles = triton.cdiv(rows, block_m // pack) + users
+    capacity = next_power_of_2(max(top, min(top + block_n, total_events)))
+    tiles = cdiv(rows, block_m // pack) + users
     blocks = heads // pack  # of a tile
     at_once = min(tiles, max(1, LIST_BYTES // (8 * blocks * block_m * capacity)))
     slots = at_once * blocks * block_m
@@ -225,7 +225,7 @@ def target_attention_top(
         )  # fmt: skip
         used = min(at_once, tiles - first_tile) * blocks * block_m
         best = lists if sort else lists.sort(descending=True).values
-        _weigh[triton.cdiv(used, together), 1 if sort else triton.cdiv(top, 1 << log_c)](
+        _weigh[cdiv(used, together), 1 if sort else cdiv(top, 1 << log_c)](
             best, counts, maxima, inverses, places, weights, events,
             1.0 if key_bias is not None else factor, used, top, capacity,
             R=together, LOG_C=log_c, SORT=sort,

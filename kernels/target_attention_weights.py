@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import streaming as st
-from .launch import most_registers, native_head_dim, parameters
+from .launch import cdiv, most_registers, native_head_dim, parameters
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def target_attention_weights(
     )
     group = heads // kv_heads
     pack = st.heads_together(group, p.block_m, key_bias)
-    _weights[-(-rows // (p.block_m // pack)) + users, heads // pack](
+    _weights[cdiv(rows, p.block_m // pack) + users, heads // pack](
         query, key, q_offsets, kv_offsets, pair_offsets, kv_lengths, visible, self_key, key_bias, weights,
         factor, users, rows, events, pairs, heads, *st.strides(query, key, self_key, key_bias),
         D=dim, BLOCK_D=native_head_dim(dim), GROUP=group, PACK=pack,

@@ -243,10 +243,13 @@ def test_it_launches_on_the_device_of_the_tensors(monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(kernels, "kernel", lambda name: lambda **arguments: (name, list(current)))
     second = torch.device("cuda:1")
     monkeypatch.setattr(backends, "device_of", lambda _: second)
     assert BACKEND.run(call("target_attention", BATCH.args)) == ("target_attention", [second])
+    monkeypatch.setattr(backends, "device_of", lambda _: torch.device("cuda:0"))  # the current one already
+    assert BACKEND.run(call("target_attention", BATCH.args)) == ("target_attention", [])
     monkeypatch.setattr(backends, "device_of", device_of)
     assert BACKEND.run(call("target_attention", BATCH.args)) == ("target_attention", [])
 

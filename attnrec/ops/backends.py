@@ -11,6 +11,7 @@ itself. A kernel that asks here takes their place only while another backend is 
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,7 @@ class Call:
     op: Op
     arguments: Arguments
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return device_of(self.arguments)
 
@@ -95,7 +96,7 @@ class Triton:
             # TRITON_INTERPRET=1 may be set for somebody else's kernels, and C++ is a thousand times faster.
             return "CPU tensors are interpreted only where this backend is forced"
         tensors = [x for x in call.arguments.values() if isinstance(x, Tensor)]
-        if any(x.dtype == torch.float64 for x in tensors):
+        if torch.float64 in [x.dtype for x in tensors]:
             return "Triton kernels take float32, bfloat16 and float16, not float64"
         if extension is None and is_differentiated(*tensors):
             return f"without the extension, gradients are the reference's ({reason})"
@@ -103,11 +104,12 @@ class Triton:
 
     def run(self, call: Call) -> Any:
         function = kernels.kernel(call.op.name)
-        if call.device.type != "cuda":
-            return function(**call.arguments)
+        device = call.device
         # Triton launches on the current device, which need not be the tensors' own.
-        with torch.cuda.device(call.device):
-            return function(**call.arguments)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return function(**call.arguments)
+        return function(**call.arguments)
 
 
 class Cuda:
@@ -164,6 +166,8 @@ TRITON_FIRST: dict[str, str] = {
     "softmax_score_backward": "no GPU has compared them yet",
 }
 
+_TRITON_BEFORE = tuple(sorted(BACKENDS, key=lambda backend: backend.name != "triton"))
+
 _forced: Backend | None = None
 
 
@@ -174,11 +178,9 @@ def _named(name: str) -> Backend:
     raise ValueError(f"no backend {name!r}: there are {', '.join(b.name for b in BACKENDS)}")
 
 
-def _in_order(op: str) -> list[Backend]:
+def _in_order(op: str) -> tuple[Backend, ...]:
     """The backends, the preferred first."""
-    if op not in TRITON_FIRST:
-        return list(BACKENDS)
-    return sorted(BACKENDS, key=lambda backend: backend.name != "triton")
+    return _TRITON_BEFORE if op in TRITON_FIRST else BACKENDS
 
 
 def choose(call: Call) -> Backend:

@@ -43,6 +43,16 @@ def same(a: int, b: int) -> bool:
     return guard_or_true(a == b)
 
 
+def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    # A loop, not `all`: every tensor of every call comes here, and a generator takes longer than its work.
+    for size, need in zip(shape, sizes, strict=True):
+        if need is not None and not same(size, need):
+            return False
+    return True
+
+
 def _names(dtypes: Sequence[torch.dtype]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
@@ -77,10 +87,7 @@ class Check:
             self.fail(name, f"be {_names(dtypes)}", _names([x.dtype]), TypeError)
         if x.device != self.device:
             self.fail(name, f"be on {self.device} as {self.reference_name} is", x.device)
-        fits = x.dim() == len(sizes) and all(
-            need is None or same(size, need) for size, need in zip(x.shape, sizes, strict=True)
-        )
-        if not fits:
+        if not _fits(x.shape, sizes):
             wanted = ", ".join("any" if size is None else str(size) for size in sizes)
             self.fail(name, f"have shape {dims} = [{wanted}]", list(x.shape))
 

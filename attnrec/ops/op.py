@@ -66,7 +66,10 @@ class Op:
 
 def device_of(arguments: Arguments) -> torch.device:
     """The device of a call: that of its first tensor; without one the CPU, and the checks will object."""
-    return next((x.device for x in arguments.values() if isinstance(x, Tensor)), torch.device("cpu"))
+    for x in arguments.values():
+        if isinstance(x, Tensor):
+            return x.device
+    return torch.device("cpu")
 
 
 def under_autocast(op: Op, arguments: Arguments) -> Arguments:

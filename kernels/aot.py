@@ -30,6 +30,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
 # --- one kernel ---------------------------------------------------------------------------------------------
 
 
+@cache  # a kernel of many cases is compiled once, and looked into once
 def resources(cubin: Path) -> tuple[int, int]:
     """Registers and bytes of local memory of a thread; a Triton kernel has no other use of it than spills."""
     here = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

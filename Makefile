@@ -9,7 +9,7 @@ PIP    := $(BIN)/pip --disable-pip-version-check
 # Not in constraints.txt: a CUDA build of torch requires the triton that it was built with.
 TRITON   := triton==3.9.0
 EXTRAS   := recommender,tensorboard,triton,test,dev
-CXX_CODE := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_CODE := $(shell find csrc tests examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES  := $(CXX_CODE) $(wildcard build_backend/*.py)
 FOLDERS  := $(shell find csrc -type d)  # their times change when a file comes or goes
 # The tests that go through the kernels, for the runs under one tier and under the sanitizers.
@@ -38,7 +38,7 @@ build/extension: $(VENV)/tools setup.py $(SOURCES) $(FOLDERS)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@mkdir -p build && touch $@
 
-build: build/extension ## compile attnrec/_C in place; only what changed
+build: build/extension ## compile attnrec/_C and libattnrec_ops.so in place; only what changed
 
 $(VENV)/installed: build/extension pyproject.toml constraints.txt
 	@echo "== environment: attnrec (editable) and its extras"
@@ -148,4 +148,4 @@ bench: $(VENV)/bench ## the benchmarks with all peers (SUITE=smoke|standard|full
 	$(BIN)/python -m benches --suite $(SUITE) --json runs/bench/$(SUITE).json --report runs/bench/$(SUITE)
 
 clean: ## remove what the build made; the environment stays
-	rm -rf build dist attnrec.egg-info attnrec/_C*.so
+	rm -rf build dist attnrec.egg-info attnrec/_C*.so attnrec/libattnrec_ops.so

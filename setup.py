@@ -14,6 +14,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OPS_LIBRARY = "libattnrec_ops.so"  # as attnrec/_extension.py names it
 sys.path.insert(0, str(ROOT))
 
 from build_backend.plan import BuildError, available_memory_gib, make_plan  # noqa: E402
@@ -75,6 +76,24 @@ def one_at_a_time(path: Path):
         yield
 
 
+def in_two_libraries(link):
+    """`link`, the linker's call for the extension, so that the ops become a library of their own.
+
+    Of the objects only module.o knows Python: a C++ program loads the other library alone
+    (examples/serve_cpp), and the extension finds it in its own folder.
+    """
+
+    def linked(objects, path, *args, extra_postargs=(), **options):
+        ops = str(Path(path).with_name(OPS_LIBRARY))
+        module = [name for name in objects if Path(name).name == "module.o"]
+        rest = [name for name in objects if name not in module]
+        flags = list(extra_postargs or ())
+        link(rest, ops, *args, extra_postargs=[*flags, f"-Wl,-soname,{OPS_LIBRARY}"], **options)
+        link([*module, ops], path, *args, extra_postargs=[*flags, "-Wl,-rpath,$ORIGIN"], **options)
+
+    return linked
+
+
 class BuildWithoutTorch(build_ext):
     def run(self):
         raise BuildError(
@@ -98,8 +117,13 @@ def torch_build_ext():
             for extension in self.extensions:
                 extension.include_dirs.append(str(generated))
                 extension.libraries = [name for name in extension.libraries if name != "torch_python"]
+            self.compiler.link_shared_object = in_two_libraries(self.compiler.link_shared_object)
             with one_at_a_time(Path(self.build_temp) / "lock"):
                 super().build_extensions()
+
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            self.copy_file(str(Path(self.build_lib) / "attnrec" / OPS_LIBRARY), str(ROOT / "attnrec"))
 
     return BuildWithTorch
 

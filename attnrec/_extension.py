@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 
 PACKAGE = Path(__file__).resolve().parent
+# The ops without Python, for C++ programs (examples/serve_cpp); `_C` needs it and loads it.
+OPS_LIBRARY = PACKAGE / "libattnrec_ops.so"
 
 
 def installed_elsewhere(package: Path = PACKAGE) -> Path | None:

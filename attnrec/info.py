@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import attnrec
-from attnrec._extension import PACKAGE, extension, reason
+from attnrec._extension import OPS_LIBRARY, PACKAGE, extension, reason
 from attnrec.ops import OPS
 from attnrec.ops.backends import BACKENDS, Backend, Call
 
@@ -43,6 +43,7 @@ def build() -> Section:
     facts = extension.build
     return {
         "extension": extension.__file__,
+        "ops, for C++": str(OPS_LIBRARY),
         "compiler": facts["compiler"],
         "torch at build": facts["torch"],
         "CUDA at build": facts["cuda"] or f"no: {facts['why_no_cuda']}",

@@ -1,5 +1,7 @@
-// attnrec._C: facts about the build and the processor for Python. The torch ops sit in the same library and
-// register themselves when it is loaded; this file is the only one that knows Python.
+// attnrec._C: facts about the build and the processor for Python. This file is the only one that knows
+// Python: everything else is linked into a library of its own, libattnrec_ops.so, which this one needs. The
+// torch ops register themselves when that is loaded, be it by Python with this module or by a C++ program
+// alone.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ def test_every_section_speaks():
     assert all(words for section in sections.values() for words in section.values())
     assert sections["versions"]["torch"].startswith(torch.__version__)
     assert sections["cpu"]["threads"].startswith(str(torch.get_num_threads()))
+    assert extension is None or Path(sections["build"]["ops, for C++"]).is_file()
 
 
 def test_a_backend_is_live_or_says_why_not():

@@ -226,6 +226,7 @@ def test_sdist_has_every_source(sdist):
     wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
     wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob("attnrec/**/*.py")}
     wanted |= {str(path.relative_to(ROOT)) for path in KERNELS}
+    wanted |= {f"examples/serve_cpp/{name}" for name in ("README.md", "Makefile", "export.py", "serve.cpp")}
     wanted |= {
         "build_backend/backend.py",
         "build_backend/plan.py",
@@ -245,6 +246,7 @@ def test_wheel_has_the_package_and_nothing_else(wheel):
     wanted |= {f"attnrec/{path.relative_to(ROOT)}" for path in KERNELS}
     assert wanted - set(names) == set()
     assert len([name for name in names if name.startswith("attnrec/_C")]) == 1
+    assert [name for name in names if name.startswith("attnrec/lib")] == ["attnrec/libattnrec_ops.so"]
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu"))]
 
 

@@ -70,9 +70,10 @@ const Kernels& kernels(Element element) {
   return element == Element::kFloat64 ? kBaselineDouble : chosen;
 }
 
-const char* tier_name() { return kernels(Element::kFloat32).name; }
+// Seen from outside the library: csrc/module.cpp, in another one, calls this and the next.
+[[gnu::visibility("default")]] const char* tier_name() { return kernels(Element::kFloat32).name; }
 
-std::vector<std::string> tiers_available() {
+[[gnu::visibility("default")]] std::vector<std::string> tiers_available() {
   std::vector<std::string> names;
   for (const Tier& tier : kTiers) {
     if (tier.runs_here()) names.push_back(tier.kernels->name);

@@ -80,6 +80,21 @@ void check_softmax_score(const char* op, const Tensor& users, const Tensor& item
   if (bias) check_per_item(op, "bias", *bias, items.size(0), users);
 }
 
+void check_cross_entropy(const char* op, const Tensor& users, const Tensor& table, const Tensor& target,
+                         double temperature, const OptionalTensor& bias, const OptionalTensor& logq,
+                         double label_smoothing, const OptionalTensor& negatives, bool in_batch) {
+  check_catalog(op, users, "table", table, temperature);
+  check_integers(op, "target", target, users.size(0), users);
+  if (bias) check_per_item(op, "bias", *bias, table.size(0), users);
+  if (logq) check_per_item(op, "logq", *logq, table.size(0), users);
+  if (negatives) check_integers(op, "negatives", *negatives, -1, users);
+  ATTNREC_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing must be from 0 to 1, got ",
+                label_smoothing);
+  ATTNREC_CHECK(!negatives || label_smoothing == 0, op, "label_smoothing must be 0 with negatives, got ",
+                label_smoothing);
+  ATTNREC_CHECK(negatives || !in_batch, op, "negatives must be the targets where in_batch is set, got none");
+}
+
 void check_per_score(const char* op, const char* name, const Tensor& tensor, const Tensor& users,
                      const Tensor& items) {
   check_tensor(op, name, tensor, 1, users.scalar_type(), users);

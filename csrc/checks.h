@@ -43,6 +43,11 @@ void check_per_item(const char* op, const char* name, const Tensor& tensor, int6
 void check_softmax_score(const char* op, const Tensor& users, const Tensor& items, const Tensor& offsets,
                          double temperature, const OptionalTensor& bias);
 
+// Ids are not read.
+void check_cross_entropy(const char* op, const Tensor& users, const Tensor& table, const Tensor& target,
+                         double temperature, const OptionalTensor& bias, const OptionalTensor& logq,
+                         double label_smoothing, const OptionalTensor& negatives, bool in_batch);
+
 // A vector of a number for each item, in users' dtype: a gradient of softmax_score's result, or its result.
 void check_per_score(const char* op, const char* name, const Tensor& tensor, const Tensor& users,
                      const Tensor& items);

@@ -36,9 +36,8 @@ Tensor gather(const Tensor& like, const Vectors& vectors, Element element, const
 // An optional number for each item; 0 where it is not given.
 class PerItem {
  public:
-  PerItem(const char* op, const char* name, const OptionalTensor& given, int64_t count, const Tensor& users) {
+  PerItem(const char* op, const char* name, const OptionalTensor& given) {
     if (!given) return;
-    check_per_item(op, name, *given, count, users);
     element_ = element_of(op, name, *given);
     data_ = given->const_data_ptr();
     stride_ = given->stride(0);
@@ -74,11 +73,8 @@ struct CrossEntropyArguments : CatalogArguments {
       : CatalogArguments(op, users, "table", table, temperature) {
     classes = table.size(0);
     sampled = negatives_.has_value();
-    ATTNREC_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
-                  "label_smoothing must be from 0 to 1, got ", label_smoothing);
-    ATTNREC_CHECK(!sampled || label_smoothing == 0, op, "label_smoothing must be 0 with negatives, got ",
-                  label_smoothing);
-    ATTNREC_CHECK(sampled || !in_batch, op, "negatives must be the targets where in_batch is set, got none");
+    check_cross_entropy(op, users, table, target_, temperature, bias, logq, label_smoothing, negatives_,
+                        in_batch);
     const auto check_id = [&](const char* name, int64_t id, size_t place) {
       ATTNREC_CHECK(id >= 0 && id < classes, op, name, " must be ids of the table, from 0 to ", classes - 1,
                     ", got ", id, " at ", place);
@@ -97,7 +93,7 @@ struct CrossEntropyArguments : CatalogArguments {
         negatives.push_back(id);
       }
     }
-    const PerItem bias_of(op, "bias", bias, classes, users), logq_of(op, "logq", logq, classes, users);
+    const PerItem bias_of(op, "bias", bias), logq_of(op, "logq", logq);
 
     if (bias) bias_element = element_of(op, "bias", *bias);
 

@@ -184,3 +184,81 @@ class TestTargetAttentionWeights:
         sizes = {"heads": 4, "kv_heads": 4, "users": 1, "rows": 200, "events": 100_000}
         assert plan(BFLOAT16, 64, **sizes, top=100).apart
         assert not plan(BFLOAT16, 64, **sizes, top=1000).apart
+
+
+CrossEntropyPlan = namedtuple("CrossEntropyPlan", "warps row_tiles splits split shared_bytes scratch_bytes")
+GradientPass = namedtuple("GradientPass", "warps tile pieces piece part_floats shared_bytes")
+elements = st.sampled_from([FLOAT32, BFLOAT16, FLOAT16])
+SMALLEST_BLOCK = 99 * 1024  # shared memory of a block on sm_86, sm_89 and sm_120
+
+
+class TestCatalogCrossEntropy:
+    @pytest.fixture
+    def plan(self, plans):
+        def call(element, dim, rows, items, negatives=-1):
+            out = (ctypes.c_int64 * 6)()
+            plans.plan_catalog_cross_entropy(
+                element, *map(ctypes.c_int64, (dim, rows, items, negatives)), out
+            )
+            return CrossEntropyPlan(*out)
+
+        return call
+
+    @given(elements, st.integers(1, 256), st.integers(0, 10**7), st.integers(0, 10**8))
+    def test_covers_rows_and_items(self, plan, element, dim, rows, items):
+        p = plan(element, dim, rows, items)
+        assert p.warps in (1, 2, 4)
+        assert p.shared_bytes <= SMALLEST_BLOCK
+        assert p.row_tiles * p.warps * 32 >= rows  # at most 32 rows a warp
+        assert p.splits * p.split >= items
+        assert (p.splits - 1) * p.split < max(items, 1)
+        assert p.split % 16 == 0
+        assert p.splits == plan(element, dim, 1, items).splits  # whatever the batch
+        assert p.scratch_bytes >= 8 * rows * p.splits
+
+    def test_few_rows_leave_no_warp_idle(self, plan):
+        assert plan(FLOAT32, 64, 16, 10**5).warps == 1
+        assert plan(BFLOAT16, 64, 33, 10**5).warps == 2
+        assert plan(BFLOAT16, 64, 4096, 10**5).warps == 4
+
+    def test_negatives_are_the_items(self, plan):
+        assert plan(BFLOAT16, 64, 100, 10**6, negatives=0).splits == 0
+        assert plan(BFLOAT16, 64, 100, 10**6, negatives=3000).splits == 2
+
+
+class TestCatalogCrossEntropyBackward:
+    @pytest.fixture
+    def plan(self, plans):
+        def call(element, dim, rows, items, negatives=-1):
+            out = (ctypes.c_int64 * 15)()
+            numbers = map(ctypes.c_int64, (dim, rows, items, negatives))
+            plans.plan_catalog_cross_entropy_backward(element, *numbers, out)
+            group, direct, scratch = out[12:]
+            return GradientPass(*out[:6]), GradientPass(*out[6:12]), group, bool(direct), scratch
+
+        return call
+
+    @given(elements, st.integers(1, 256), st.integers(0, 10**7), st.integers(0, 10**8))
+    def test_covers_rows_and_items(self, plan, element, dim, rows, items):
+        users, of_items, group, direct, scratch = plan(element, dim, rows, items)
+        for p, stream in ((users, items), (of_items, rows)):
+            assert p.warps in (1, 2, 4)
+            assert p.shared_bytes <= SMALLEST_BLOCK
+            assert p.tile in (16 * p.warps, 32 * p.warps)
+            assert p.pieces * p.piece >= stream
+            assert p.pieces * p.piece - stream < max(p.piece, 1)
+        assert users.pieces == plan(element, dim, 1, items)[0].pieces  # whatever the batch
+        assert group == rows or group % users.tile == 0
+        assert scratch >= 4 * (users.part_floats + (0 if direct else of_items.part_floats))
+
+    def test_sums_of_many_users_do_not_wait_side_by_side(self, plan):
+        users, _, group, *_ = plan(BFLOAT16, 64, 10**6, 10**6)
+        assert users.part_floats == users.pieces * group * 64 <= 1 << 24
+        assert plan(BFLOAT16, 64, 1000, 10**6)[2] == 1000
+
+    def test_a_large_table_gets_its_gradient_directly(self, plan):
+        assert plan(BFLOAT16, 64, 10**4, 10**6)[3]
+        _, of_items, _, direct, _ = plan(BFLOAT16, 64, 10**4, 1000)
+        assert not direct
+        assert of_items.pieces > 1
+        assert not plan(BFLOAT16, 64, 100, 10**6, negatives=10**5)[3]

@@ -139,6 +139,10 @@ class Cuda:
             major, minor = torch.cuda.get_device_capability(call.device)
             if major < 8:
                 return f"the GPU is sm_{major}{minor}, and the kernels need sm_80 or newer"
+        if call.op.name.startswith("catalog_cross_entropy"):
+            dim = call.arguments["users"].shape[1]
+            if dim > 256:
+                return f"the kernels of {call.op.name} take vectors of up to 256 elements, not {dim}"
         return None
 
     def run(self, call: Call) -> Any:
@@ -164,6 +168,8 @@ TRITON_FIRST: dict[str, str] = {
     "target_attention_top": "no GPU has compared them yet",
     "softmax_score": "no GPU has compared them yet",
     "softmax_score_backward": "no GPU has compared them yet",
+    "catalog_cross_entropy": "no GPU has compared them yet",
+    "catalog_cross_entropy_backward": "no GPU has compared them yet",
 }
 
 _TRITON_BEFORE = tuple(sorted(BACKENDS, key=lambda backend: backend.name != "triton"))

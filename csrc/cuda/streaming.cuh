@@ -279,6 +279,30 @@ struct Merge {
   }
 };
 
+// --- sums and results --------------------------------------------------------------------------------------
+
+// Columns that a thread adds up of a row. At D = 256 two share it: all sums, and what is live beside them,
+// are more than the 255 registers of a thread. Each takes the scores for itself.
+template <int D>
+constexpr int kColumns = D > 128 ? 128 : D;
+
+// Two neighbours of a row, from column `d` on; `pairs`: rows begin at a multiple of two elements.
+template <class Kind>
+__device__ __forceinline__ void store_pair(typename Kind::T* row, int d, int dim, bool pairs, float x,
+                                           float y) {
+  if (pairs) {
+    if (d >= dim) return;
+    if constexpr (sizeof(typename Kind::T) == 2) {
+      *reinterpret_cast<uint32_t*>(row + d) = Kind::pack(x, y);
+    } else {
+      *reinterpret_cast<float2*>(row + d) = make_float2(x, y);
+    }
+  } else {
+    if (d < dim) row[d] = from_float<typename Kind::T>(x);
+    if (d + 1 < dim) row[d + 1] = from_float<typename Kind::T>(y);
+  }
+}
+
 // Natural log of a row's sum of exponentials.
 __device__ __forceinline__ float log_sum_exp(float m, float l) {
   return l == 0.0f ? -infinity() : (m + log2f(l)) * kLn2;

@@ -18,11 +18,6 @@ constexpr int kEvents = sizeof(typename Kind::T) == 4 ? (D <= 64 ? 32 : 16)
 template <int D, int MT>
 constexpr bool kHeld = D * MT <= 128;
 
-// Columns of the values that a block adds up. At D = 256 two blocks share a row: all its sums, and what is
-// live beside them, are more than the 255 registers of a thread. Each takes the scores for itself.
-template <int D>
-constexpr int kColumns = D > 128 ? 128 : D;
-
 template <class Kind, int D, int MT>
 struct AttentionMemory {
   using T = typename Kind::T;
@@ -114,23 +109,6 @@ struct AttentionSums {
     }
   }
 };
-
-// Two neighbours of a row, from column `d` on; `pairs`: rows begin at a multiple of two elements.
-template <class Kind>
-__device__ __forceinline__ void store_pair(typename Kind::T* row, int d, int dim, bool pairs, float x,
-                                           float y) {
-  if (pairs) {
-    if (d >= dim) return;
-    if constexpr (sizeof(typename Kind::T) == 2) {
-      *reinterpret_cast<uint32_t*>(row + d) = Kind::pack(x, y);
-    } else {
-      *reinterpret_cast<float2*>(row + d) = make_float2(x, y);
-    }
-  } else {
-    if (d < dim) row[d] = from_float<typename Kind::T>(x);
-    if (d + 1 < dim) row[d + 1] = from_float<typename Kind::T>(y);
-  }
-}
 
 struct AttentionLaunch {
   float factor;  // scale * log2(e)

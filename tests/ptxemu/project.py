@@ -110,8 +110,9 @@ class _Known(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor):
-            runtime().memory.register(result, str(function))
+        for x in result if isinstance(result, tuple) else (result,):
+            if isinstance(x, torch.Tensor):
+                runtime().memory.register(x, str(function))
         return result
 
 

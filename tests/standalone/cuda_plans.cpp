@@ -1,4 +1,7 @@
 // The launch plans of csrc/cuda for tests/test_cuda_plans.py: numbers in, numbers out.
+#include <initializer_list>
+
+#include "cuda/catalog_cross_entropy_backward.h"
 #include "cuda/softmax_score.h"
 #include "cuda/target_attention.h"
 #include "cuda/target_attention_top.h"
@@ -61,4 +64,44 @@ extern "C" void plan_target_attention_weights(int element, int64_t dim, int64_t 
                             of_rows.head_tiles,  of_rows.chunks, of_rows.apart,      of_rows.shared_bytes,
                             of_rows.part_floats, plan.list_keys};
   for (int64_t value : values) *out++ = value;
+}
+
+namespace {
+
+cuda::CrossEntropy cross_entropy(int element, int64_t dim, int64_t rows, int64_t items, int64_t negatives) {
+  cuda::CrossEntropy c;
+  c.element = static_cast<cuda::Element>(element);
+  c.dim = static_cast<int>(dim);
+  c.rows = rows;
+  c.table_items = items;
+  c.sampled = negatives >= 0;
+  c.items = c.sampled ? negatives : items;
+  return c;
+}
+
+}  // namespace
+
+extern "C" void plan_catalog_cross_entropy(int element, int64_t dim, int64_t rows, int64_t items,
+                                           int64_t negatives, int64_t* out) {
+  const cuda::CrossEntropyPlan plan =
+      cuda::plan_catalog_cross_entropy(cross_entropy(element, dim, rows, items, negatives));
+  const int64_t values[] = {plan.warps, plan.row_tiles,    plan.splits,
+                            plan.split, plan.shared_bytes, plan.scratch_bytes};
+  for (int64_t value : values) *out++ = value;
+}
+
+extern "C" void plan_catalog_cross_entropy_backward(int element, int64_t dim, int64_t rows, int64_t items,
+                                                    int64_t negatives, int64_t* out) {
+  cuda::CrossEntropyGradient g;
+  g.users = g.table = g.bias = &g;  // not read
+  const cuda::CrossEntropyGradientPlan plan =
+      cuda::plan_catalog_cross_entropy_backward(cross_entropy(element, dim, rows, items, negatives), g);
+  for (const cuda::GradientPass& pass : {plan.users, plan.items}) {
+    const int64_t values[] = {pass.warps, pass.tile,        pass.pieces,
+                              pass.piece, pass.part_floats, pass.shared_bytes};
+    for (int64_t value : values) *out++ = value;
+  }
+  *out++ = plan.group;
+  *out++ = plan.direct;
+  *out++ = plan.scratch_bytes;
 }

@@ -27,6 +27,14 @@ int packed_events(int rows, int head_dim) {
   return static_cast<int>(fit >= 1024 ? 1024 : fit <= kKeys ? kKeys : fit / kKeys * kKeys);
 }
 
+// The p-th part of a unit of several heads.
+inline Unit part_of(const Attention& a, const Unit& unit, int p) {
+  Unit part = unit;
+  part.head += p * unit.group;
+  part.kv_head = part.head / (a.heads / a.kv_heads);
+  return part;
+}
+
 // A tile of scores as the readout gets it: row r of the block (row `first_row + r` of the unit) sees seen[r]
 // of the events first_event … + kKeys; scores[r * kKeys + i] is (scale · q·k + bias) · units, and -inf where
 // hidden, up to the next whole register after seen[r]. The readout may overwrite the scores.
@@ -132,6 +140,13 @@ ATTNREC_INLINE typename V::Reg exp_of(typename V::Reg x) {
   const typename V::Reg lost = V::fma(kept, V::set1(static_cast<Real>(kLog2E)), minus);
   const typename V::Reg power = V::exp2(V::sub(V::zero(), minus));
   return V::fma(power, V::mul(lost, V::set1(static_cast<Real>(kLn2))), power);
+}
+
+template <class V>
+typename V::Real exp2_of(typename V::Real x) {
+  typename V::Real lanes[V::kWidth];
+  V::store(lanes, V::exp2(V::set1(x)));
+  return lanes[0];
 }
 
 // What exponentials are taken relative to. `kRunningMaximum` is safe for any score. `kNothing` saves finding

@@ -113,13 +113,7 @@ int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void*
   StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
   WeightedValue<V, Products, kBase> state(arena, a, unit.rows, unit.parts);
   if (!done) return 0;
-  const auto part_of = [&](int p) {
-    Unit part = unit;
-    part.head += p * unit.group;
-    part.kv_head = part.head / (a.heads / a.kv_heads);
-    return part;
-  };
-  for (int p = 0; p < unit.parts; p++) state.of(part_of(p), p * unit.rows).begin(scratch);
+  for (int p = 0; p < unit.parts; p++) state.of(part_of(a, unit, p), p * unit.rows).begin(scratch);
   const int64_t events = a.events(unit.user), step = unit.parts > 1 ? kKeys : events;
   for (int64_t event = 0; event < events; event += step) {
     const int64_t end = least(events, event + step), event0 = a.kv_offsets[unit.user];
@@ -128,7 +122,7 @@ int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void*
       touch(a.value, a, event0 + event, event0 + end);
     }
     for (int p = 0; p < unit.parts; p++) {
-      Unit part = part_of(p);
+      Unit part = part_of(a, unit, p);
       part.first_event = event;
       part.last_event = end;
       auto readout = state.of(part, p * unit.rows);
@@ -137,7 +131,7 @@ int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void*
   }
   int left = 0;
   for (int p = 0; p < unit.parts; p++)
-    left += state.of(part_of(p), p * unit.rows)
+    left += state.of(part_of(a, unit, p), p * unit.rows)
                 .finish(done + p * unit.rows, out, static_cast<typename V::Real*>(lse));
   return left;
 }

@@ -1,5 +1,5 @@
 // target_attention_weights: two readouts of the streaming softmax, each a pass over the events. The first
-// finds a row's maximum and sum, the second writes its weights; no scores are kept between them.
+// finds a row's maximum and sum, the second its weights; no scores are kept between them.
 #pragma once
 
 #include "cpu/streaming-inl.h"
@@ -20,66 +20,97 @@ struct LogSumExp {
   void pack(int64_t, int, const Real*) {}
   void tile(const Tile<V>& t) {
     for (int r = 0; r < t.rows; r++) {
-      if (t.seen[r] > 0) softmax.step(softmax, t.first_row + r, t.seen[r], t.scores + r * kKeys);
+      if (t.seen[r] == 0) continue;
+      softmax.raise(softmax, t.first_row + r, t.seen[r], t.scores + r * kKeys);
+      softmax.add(softmax, t.first_row + r, t.seen[r], t.scores + r * kKeys, [](int, typename V::Reg) {});
     }
+  }
+
+  // What it keeps of the rows from `row` on.
+  LogSumExp from(int64_t row) const {
+    LogSumExp rows = *this;
+    rows.softmax = softmax.from(row);
+    return rows;
   }
 
   const Attention& a;
   RunningSoftmax<V> softmax;
 };
 
-// Writes [pair, heads]: the pairs of user b begin at offsets[b], candidate by candidate, event by event.
+// The weights of a tile of events, in all heads of a unit's candidates. The result, [pair, heads], has the
+// heads innermost: written head by head, every line of it went to memory and back once a head (8 users, 4
+// heads, 256 candidates, 200 events, two threads: 4.0 ms against 2.9).
 template <class V>
 struct Weights {
   using Real = typename V::Real;
 
-  Weights(Arena& arena, const Attention& attention, int rows)
-      : a(attention), base(arena.take<Real>(rows)), inverse(arena.take<Real>(rows)) {}
+  Weights(Arena& arena, const Attention& attention, const Unit& u)
+      : a(attention),
+        unit(u),
+        rows(int64_t{u.rows} * u.parts),
+        base(arena.take<Real>(rows)),
+        inverse(arena.take<Real>(rows)),
+        tiles(arena.take<Real>(rows * kKeys)) {}
 
-  void begin(const Unit& u, const RunningSoftmax<V>& softmax, const int64_t* pair_offsets, void* to) {
-    unit = u;
-    offsets = pair_offsets;
-    weights = static_cast<char*>(to);
+  // Takes the softmax of a part's rows, which stand from `row` on.
+  void take(const RunningSoftmax<V>& softmax, int64_t row) {
     for (int r = 0; r < unit.rows; r++) {
-      base[r] = softmax.base(r);
-      inverse[r] = softmax.inverse_sum(r);
-      for (int64_t i = seen_events(a, unit, r); i < a.room(unit.user); i++) {
-        store_element<Real>(at(r, i), 0, a.element, 0);
-      }
+      base[row + r] = softmax.base(r);
+      inverse[row + r] = softmax.inverse_sum(r);
+    }
+  }
+  // The tile from `event` on, of the part whose rows stand from `row` on.
+  void begin(const Unit& part, int64_t row, int64_t event) {
+    part_row = row;
+    for (int r = 0; r < unit.rows; r++) {
+      Real* to = tiles + (row + r) * kKeys;
+      for (int i = 0; seen_events(a, part, r) < event + kKeys && i < kKeys; i += V::kWidth)
+        V::store(to + i, V::zero());
     }
   }
   void pack(int64_t, int, const Real*) {}
   void tile(const Tile<V>& t) {
     for (int r = 0; r < t.rows; r++) {
-      const int row = t.first_row + r;
+      const int64_t row = part_row + t.first_row + r;
       const typename V::Reg start = V::set1(base[row]), factor = V::set1(inverse[row]);
-      with_element<V>(a.element, at(row, t.first_event), [&](auto* typed) __attribute__((always_inline)) {
+      for (int i = 0; i < t.seen[r]; i += V::kWidth) {
+        const typename V::Reg p = V::mul(V::exp2(V::sub(V::load(t.scores + r * kKeys + i), start)), factor);
+        V::store(tiles + row * kKeys + i, V::first(p, t.seen[r] - i, 0));
+      }
+    }
+  }
+  // Writes the tile from `event` on: the pairs of user b begin at offsets[b], candidate by candidate, event
+  // by event.
+  void write(int64_t event, const int64_t* offsets, void* weights) const {
+    const int64_t room = a.room(unit.user), first = unit.first - a.q_offsets[unit.user];
+    const int n = static_cast<int>(least(kKeys, room - event));
+    for (int c = 0; c < unit.rows / unit.group; c++) {
+      const int64_t pair = offsets[unit.user] + (first + c) * room + event;
+      with_element<V>(a.element, weights, [&](auto* typed) __attribute__((always_inline)) {
         using Stored = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
-        auto* to = const_cast<Stored*>(typed);
-        for (int i = 0; i < t.seen[r]; i += V::kWidth) {
-          const typename V::Reg p = V::mul(V::exp2(V::sub(V::load(t.scores + r * kKeys + i), start)), factor);
-          Stored part[V::kWidth];
-          V::store(part, p);
-          const int n = static_cast<int>(least(V::kWidth, t.seen[r] - i));
-          for (int lane = 0; lane < n; lane++) to[static_cast<int64_t>(i + lane) * a.heads] = part[lane];
+        for (int head = 0; head < a.heads; head++) {
+          const int64_t row = int64_t{head / unit.group} * unit.rows + c * unit.group + head % unit.group;
+          Stored* to = const_cast<Stored*>(typed) + pair * a.heads + head;
+          for (int i = 0; i < n; i += V::kWidth) {
+            Stored part[V::kWidth];
+            V::store(part, V::load(tiles + row * kKeys + i));
+            const int lanes = static_cast<int>(least(V::kWidth, n - i));
+            for (int lane = 0; lane < lanes; lane++) to[int64_t{i + lane} * a.heads] = part[lane];
+          }
         }
       });
     }
   }
 
-  char* at(int row, int64_t event) const {
-    const int64_t c = unit.candidate(row) - a.q_offsets[unit.user];
-    const int64_t pair = offsets[unit.user] + c * a.room(unit.user) + event;
-    return weights + (pair * a.heads + unit.query_head(row)) * element_bytes(a.element);
-  }
-
   const Attention& a;
+  const Unit unit;
+  const int64_t rows;
   Real *base, *inverse;  // weight = exp2(score - base) * inverse
-  const int64_t* offsets = nullptr;
-  char* weights = nullptr;
-  Unit unit;
+  Real* tiles;           // [rows, kKeys]
+  int64_t part_row = 0;
 };
 
+// The unit is of all heads, in parts as target_attention's.
 template <class V>
 int64_t target_attention_weights_unit(const Attention& a, const Unit& unit, void* memory,
                                       const int64_t* offsets, void* weights) {
@@ -87,13 +118,26 @@ int64_t target_attention_weights_unit(const Attention& a, const Unit& unit, void
     using Products = decltype(products);
     Arena arena(memory);
     StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
-    LogSumExp<V> total(arena, a, unit.rows);
-    Weights<V> readout(arena, a, unit.rows);
+    LogSumExp<V> total(arena, a, unit.rows * unit.parts);
+    Weights<V> readout(arena, a, unit);
     if (!memory) return arena.used();
-    total.begin(unit, scratch);
-    stream(a, unit, scratch, total);
-    readout.begin(unit, total.softmax, offsets, weights);
-    stream(a, unit, scratch, readout);
+    for (int p = 0; p < unit.parts; p++) {
+      const Unit part = part_of(a, unit, p);
+      LogSumExp<V> of_part = total.from(int64_t{p} * unit.rows);
+      of_part.begin(part, scratch);
+      stream(a, part, scratch, of_part);
+      readout.take(of_part.softmax, int64_t{p} * unit.rows);
+    }
+    for (int64_t event = 0; event < a.room(unit.user); event += kKeys) {
+      for (int p = 0; p < unit.parts; p++) {
+        Unit part = part_of(a, unit, p);
+        readout.begin(part, int64_t{p} * unit.rows, event);
+        part.first_event = event;
+        part.last_event = event + kKeys;
+        stream(a, part, scratch, readout);
+      }
+      readout.write(event, offsets, weights);
+    }
     return arena.used();
   });
 }

@@ -354,6 +354,7 @@ def target_attention(
         dtype=query.dtype,
         visible=visible is not None,
         bias=key_bias is not None,
+        self=self_key is not None,
         tf32=precision == "tf32",
     )
     pack = st.heads_together(group, p.block_m, key_bias)

@@ -372,7 +372,12 @@ def target_attention_backward(
     row_states = lse.new_empty((3, kv_heads, rows, heads // kv_heads))
     group = heads // kv_heads
     precision = st.precision(query.dtype)
-    traits = {"visible": visible is not None, "bias": key_bias is not None, "tf32": precision == "tf32"}
+    traits = {
+        "visible": visible is not None,
+        "bias": key_bias is not None,
+        "self": self_key is not None,
+        "tf32": precision == "tf32",
+    }
     of_rows = parameters("target_attention_backward_rows", head_dim=dim, dtype=query.dtype, **traits)
     of_events = parameters("target_attention_backward_events", head_dim=dim, dtype=query.dtype, **traits)
     block_d = native_head_dim(dim)
@@ -421,7 +426,7 @@ def target_attention_backward(
             grad_self_key, grad_self_value, row_states, grad_out, query, self_key, self_value,
             scale, factor, rows, kv_heads,
             *st.strides(grad_out, query, self_key, self_value),
-            D=dim, BLOCK_D=block_d, GROUP=group, BLOCK_M=block_m,
+            D=dim, BLOCK_D=block_d, GROUP=group, BLOCK_M=block_m, maxnreg=most_registers(4),
         )  # fmt: skip
     if events:
         run_events(careful=False)

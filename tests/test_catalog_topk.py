@@ -87,11 +87,11 @@ def test_exact_with_many_ties(dtype, names):
 
 
 @pytest.mark.parametrize("items", [1, 2, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 5000])
-@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("batch", [1, 17])
 def test_sizes_around_tiles_and_chunks(items, batch):
     users, catalog = integers(batch, 8, seed=2), integers(items, 8, seed=3)
     for k in {0, 1, min(10, items), items}:
-        check_exactly(users, catalog, k, **options_for(("exclude", "bias"), batch, items))
+        check_exactly(users, catalog, k, **options_for(("exclude", "bias", "temperature"), batch, items))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +165,8 @@ def test_adversarial_orders(order):
         "all equal": torch.ones(items),
         "two values": rising % 2,
     }[order]
-    check_exactly(torch.tensor([[1.0], [0.0], [-1.0]]) / items, values.unsqueeze(1), items * 3 // 50)
+    users = torch.tensor([[1.0], [0.0], [-1.0]]).repeat(6, 1) / items
+    check_exactly(users, values.unsqueeze(1), items * 3 // 50)
 
 
 def test_ties_go_to_the_lower_id_at_every_temperature():
@@ -361,53 +362,129 @@ class Recorded:
         return launch
 
 
-@pytest.mark.skipif(RUNNER.backend != "triton", reason="how the Triton kernels find a floor")
-@pytest.mark.parametrize(
-    ("blocks", "batch", "items", "k"), [(2048, 21, 1300, 10), (4, 21, 1300, 10), (2048, 2, 4500, 135)]
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("names", OPTIONS, ids=lambda names: "+".join(names) or "plain")
-def test_a_sample_gives_the_best_of_its_groups_and_a_floor(
-    dtype, names, blocks, batch, items, k, monkeypatch
-):
-    """A floor that is too low costs time and changes no result, so that nothing else would tell."""
-    from attnrec.kernels import catalog_topk as module
+def keys_of(scores):
+    """The kernels' keys of `scores [B, n]` fp32 of items 0 … n: the higher score first, then the lower id."""
     from attnrec.kernels import selection
 
-    users, catalog = integers(batch, 12, dtype=dtype), integers(items, 12, dtype=dtype, seed=1)
-    options = options_for(names, batch, items)
-    if "temperature" in names:
-        options["temperature"] = 0.5  # scores stay exact
-    sample, floor = Recorded(module._sample), Recorded(module._floor)
-    for name, value in (("_sample", sample), ("_floor", floor), ("BLOCKS", blocks)):
-        monkeypatch.setattr(module, name, value)
-    check_exactly(users, catalog, k, **options)
+    bits = scores.where(scores != 0, 0.0).view(torch.int32).long()
+    rising = bits ^ (bits >> 31 & 0x7FFFFFFF)
+    keys = rising << 32 | torch.arange(scores.shape[1]) ^ selection.LAST_ID.value
+    return keys.where(scores > -INF, selection.NOTHING.value)
 
-    scores = users.float() @ catalog.float().T / options.get("temperature", 1.0) + options.get("bias", 0.0)
+
+def check_floor(best, scores, k, floor, highest):
+    """`floor [B]` is reached by k of `best [B, n]`, or a few more; `highest [B]` is the best of `scores`."""
+    nothing = keys_of(torch.tensor([[-INF]])).item()
+    reach = (best >= floor.unsqueeze(1)).sum(1)
+    enough = (best > nothing).sum(1) >= k
+    assert ((reach >= k) & (reach <= k + k // 8) & (floor > nothing))[enough].all()
+    assert (floor[~enough] == nothing).all()
+    assert torch.equal(highest, scores.amax(1))
+
+
+of_triton = pytest.mark.skipif(RUNNER.backend != "triton", reason="steps of the Triton kernels")
+
+
+@of_triton
+@pytest.mark.parametrize(
+    ("names", "dtype", "blocks"),
+    [
+        (("exclude",), torch.float32, 4),  # some blocks look at two tiles
+        (("exclude", "bias"), torch.float32, 4),
+        (("bias",), torch.bfloat16, 2048),
+    ],
+    ids=str,
+)
+def test_a_sample_gives_the_best_of_its_groups(names, dtype, blocks, monkeypatch):
+    """A floor that is too low costs time and changes no result, so that nothing else would tell."""
+    from attnrec.kernels import catalog_topk as module
+
+    k, items, batch = 20, 1000, 21
+    users, catalog = integers(batch, 8, dtype=dtype), integers(items, 8, dtype=dtype, seed=1)
+    options = options_for(names, batch, items) | {"temperature": 0.5}  # scores stay exact
+    scores = users.float() @ catalog.float().T * 2
+    if "bias" in names:
+        scores += options["bias"]
+        catalog[options["bias"] == -INF] = NAN
     if "exclude" in names:
         ids, offsets = options["exclude"]
         for user in range(batch):
             scores[user, ids[offsets[user] : offsets[user + 1]]] = -INF
-    bits = scores.where(scores != 0, 0.0).view(torch.int32).long()
-    rising = bits ^ (bits >> 31 & 0x7FFFFFFF)
-    nothing, last_id = selection.NOTHING.value, selection.LAST_ID.value
-    keys = (rising << 32 | torch.arange(items) ^ last_id).where(scores > -INF, nothing)
+    sample, floor = Recorded(module._sample), Recorded(module._floor)
+    for name, value in (("_sample", sample), ("_floor", floor), ("BLOCKS", blocks)):
+        monkeypatch.setattr(module, name, value)
+    attnrec.catalog_topk(users, catalog, k, **options)
 
     groups, width = sample.kwargs["GROUPS"], sample.kwargs["BLOCK_N"]
     tiles, of_sample = sample.args[8], sample.grid[1]
     assert tiles == items // (width * module.EVERY)
-    best = torch.full((batch, of_sample, groups), nothing)
+    sampled = torch.full_like(scores, -INF)
+    best = keys_of(torch.full((batch, of_sample * groups), -INF)).view(batch, of_sample, groups)
     for tile in range(tiles):
         first = (tile * module.EVERY + (tile * 5 + tile // 8) % module.EVERY) * width
-        of_tile = keys[:, first : first + width].view(batch, groups, -1).amax(2)
+        here = slice(first, first + width)
+        sampled[:, here] = scores[:, here]
+        of_tile = keys_of(scores)[:, here].view(batch, groups, -1).amax(2)
         best[:, tile % of_sample] = best[:, tile % of_sample].maximum(of_tile)
-    best = best.flatten(1)
-    assert torch.equal(sample.args[5], best)
+    assert torch.equal(sample.args[5], best.flatten(1))
+    check_floor(best.flatten(1), sampled, k, *floor.args[1:3])
 
-    _, floors, highest, *_ = floor.args
-    reach = (best >= floors.unsqueeze(1)).sum(1)
-    enough = (best > nothing).sum(1) >= k
-    assert ((reach >= k) & (reach <= k + k // 8) & (floors > nothing))[enough].all()
-    assert (floors[~enough] == nothing).all()
-    of_best = best.amax(1, keepdim=True) & last_id ^ last_id
-    assert torch.equal(highest, scores.gather(1, of_best).squeeze(1))
+
+@of_triton
+def test_a_floor_of_any_number_of_groups():
+    from attnrec.kernels import catalog_topk as module
+    from attnrec.kernels.launch import most_registers
+
+    for groups in (17, 128, 129, 256, 300, 384, 512, 700):
+        scores = torch.randn(3, groups)
+        scores[1, 5:] = -INF
+        best, floor, highest = keys_of(scores), torch.empty(3, dtype=torch.int64), torch.empty(3)
+        for k in (5, groups // 3, groups):
+            module._floor[3,](best, floor, highest, groups, k, CHUNK=512, maxnreg=most_registers(4))
+            check_floor(best, scores, k, floor, highest)
+
+
+@of_triton
+def test_selection_from_any_number_of_lists():
+    """What is in a list's memory behind its keys is not read; the softmaxes of all lists are made one."""
+    from attnrec.kernels import catalog_topk as module
+
+    for splits, capacity, k in ((1, 40, 10), (3, 20, 70), (300, 4, 50), (500, 2, 9), (700, 1, 30)):
+        lists = keys_of(torch.randn(2, capacity * splits)).view(2, capacity, splits)
+        counts = torch.randint(0, capacity + 1, (2, splits), dtype=torch.int32)
+        held = torch.arange(capacity).unsqueeze(1) < counts.unsqueeze(1)
+        maxima, sums = torch.randn(2, splits) * 3, torch.rand(2, splits)
+        maxima[1, ::2], sums[1, ::2] = -INF, 0.0
+        best, lse = torch.empty(2, k, dtype=torch.int64), torch.empty(2)
+        module._select[2,](
+            lists.where(held, 1 << 62), counts, maxima, sums, best, lse, splits, capacity, k, CHUNK=512
+        )
+        nothing = keys_of(torch.tensor([[-INF]])).item()
+        ordered = lists.where(held, nothing).flatten(1).sort(dim=1, descending=True).values
+        want = torch.full((2, k), nothing)
+        want[:, : ordered.shape[1]] = ordered[:, :k]
+        assert torch.equal(best.sort(dim=1, descending=True).values, want)
+        torch.testing.assert_close(lse, (maxima + sums.log()).logsumexp(1))
+
+
+@of_triton
+@pytest.mark.parametrize(
+    ("k", "batches"), [(1, range(128, 1025, 128)), (50, range(1, 18)), (64, (16,))], ids=["1", "50", "64"]
+)
+def test_ranks_of_any_number_of_rows(k, batches):
+    """The order, the scores and the ids of k keys a row, many rows to a block."""
+    from attnrec.kernels import catalog_topk as module
+
+    log_k = (k - 1).bit_length()
+    rows = 1024 >> log_k
+    for batch in batches:
+        scores = torch.randn(batch, k)
+        scores[::3, k // 2 :] = -INF
+        shuffled = scores.argsort(1) if batch % 2 else torch.rand(batch, k).argsort(1)
+        keys = keys_of(scores).gather(1, shuffled)
+        got, ids = torch.empty(batch, k), torch.empty(batch, k, dtype=torch.int64)
+        grid = -(-batch // rows), 1
+        module._rank[grid](keys, got, ids, batch, k, R=rows, LOG_K=log_k, SORT=True)
+        want = scores.sort(stable=True, dim=1, descending=True)
+        assert torch.equal(got, want.values)
+        assert torch.equal(ids, want.indices.where(want.values > -INF, -1))

@@ -188,6 +188,31 @@ def test_lse_is_within_its_bound_whatever_the_spread(kind, spread):
     check(users, rows, 10, made(rows, kind))
 
 
+@pytest.mark.parametrize("length", [0.6, 1.0, 1.5, 2.0, 3.0, 4.0])
+def test_flat_scores_are_served(length):
+    """Users in two parts, for whom each panel counts with an error of its own. (A standard deviation of 1 to
+    2: with the largest error for all of them the log-sum-exp was beyond its bound.)"""
+    rows, users = normal(ITEMS, 64, seed=1), normal(9, 64)
+    users = users / users.norm(dim=1, keepdim=True) * length
+    found = check(users, rows, 10, made(rows, "int8"))
+    if READS_FILTERS:
+        plain = ops.call("catalog_topk", users, rows, 10)
+        assert (found[2] != plain[2]).sum() >= 8  # the filter's own
+
+
+@pytest.mark.parametrize("error", [0.06, 0.09, 0.11, 0.15, 0.3])
+def test_lse_where_all_errors_add_up(error):
+    """Every item is rounded the same way, and against the user: no score is better than its bound."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-20, 21, (ITEMS, 32), generator=generator) + 0.49
+    rows[:, 0] = 127
+    users = torch.full((1, 32), error / (31 * 0.49))
+    found = check(users, rows, 10, made(rows, "int8"))
+    if READS_FILTERS and error < 0.1:
+        wrong = ops.call("catalog_topk", users, rows, 10)[2] - found[2]
+        assert 0.9 * error < wrong.item() < 1.1 * error
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bound_has_the_users_rounding(kind):
     """Items that the codes hold exactly, so that the users' rounding alone can exchange them: it would, for

@@ -155,26 +155,31 @@ struct SampleReadout : FilterReadout<V> {
   }
 };
 
-// Candidates, and the sum of the exponentials of all other items.
-template <class V>
+// Candidates, and the sum of the exponentials of all other items. Users in two parts are those whose
+// log-sum-exp is hard to know: theirs are no rough exponentials, and each item counts with its own reach.
+template <class V, int kParts>
 struct ScanReadout : FilterReadout<V> {
   using Base = FilterReadout<V>;
   using Reg = typename V::Reg;
+  static constexpr bool kClose = kParts == 2;
   // In steps of a number's last bit, as exp2_rough takes its exponent.
-  static constexpr float kSlope = static_cast<float>(kLog2E * 0x1p23);
+  static constexpr float kSlope = static_cast<float>(kClose ? kLog2E : kLog2E * 0x1p23);
+  static constexpr float kShift = kClose ? 0 : V::kExp2RoughShift;
   const CandidateSink& sink;
   Candidate* buffers;  // [rows][kFilterBuffer + kPanelItems]
   int* counts;
   float *least_score, *base;  // a candidate's is above `least_score` - reach; exponents are x·kSlope + base
   float* totals;              // [rows][W]
+  float* weighted;            // likewise, each exponential times its reach; where kClose
 
   void begin() {
     for (int r = 0; r < Base::rows.count; r++) {
       counts[r] = 0;
       const float floor = Base::rows.floor[r];
-      base[r] = V::kExp2RoughShift - (floor < kLargestBound ? floor * kSlope : 0);
+      base[r] = kShift - (floor < kLargestBound ? floor * kSlope : 0);
       raise(r, floor);
       V::store(totals + r * V::kWidth, V::zero());
+      if constexpr (kClose) V::store(weighted + r * V::kWidth, V::zero());
     }
   }
   void raise(int row, float floor) {
@@ -182,7 +187,9 @@ struct ScanReadout : FilterReadout<V> {
     least_score[row] = size < kLargestBound ? floor - size * 0x1p-20f : floor;
   }
   ATTNREC_MEMBER Reg exponential(int row, Reg score) {
-    return V::exp2_rough(V::fma(score, V::set1(kSlope), V::set1(base[row])));
+    const Reg exponent = V::fma(score, V::set1(kSlope), V::set1(base[row]));
+    if constexpr (kClose) return V::exp2_short(exponent);
+    return V::exp2_rough(exponent);
   }
 
   // Branches once for all rows: one panel in three has a candidate of one of 8 users, k = 100 in a million.
@@ -190,21 +197,34 @@ struct ScanReadout : FilterReadout<V> {
   ATTNREC_MEMBER void take(int row, int p, Reg (&scores)[M][Base::kRegisters]) {
     uint32_t hidden[M];
     Base::template hide<M>(row, p, scores, hidden);
-    float above[M];
-    Base::template reaches<M>(row, p, above);
-    for (int r = 0; r < M; r++) above[r] = least_score[row + r] - above[r];
+    float reach[M], above[M];
+    Base::template reaches<M>(row, p, reach);
+    for (int r = 0; r < M; r++) above[r] = least_score[row + r] - reach[r];
     typename V::Mask none = V::all_lanes();
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
-      Reg total = V::load(totals + (row + r) * V::kWidth);
+      Reg total = V::load(totals + (row + r) * V::kWidth), weights, per_error, other;
+      if constexpr (kClose) {
+        weights = V::load(weighted + (row + r) * V::kWidth);
+        per_error = V::set1(Base::rows.per_error[row + r]);
+        // What its items' reaches have in common. (Nothing is added of a panel where it is not finite.)
+        const float shared = Base::rows.per_norm[row + r] * Base::span.norm[p] + Base::span.beyond[p];
+        other = V::set1(shared < kLargestBound ? shared : 0);
+      }
 #pragma GCC unroll 8
       for (int j = 0; j < Base::kRegisters; j++) {
         // None where a score is NaN or -inf: codes of an item that is not bounded may be anything.
         const typename V::Mask below = V::below(scores[r][j], above[r]);
-        total = V::add_where(below, total, exponential(row + r, scores[r][j]));
+        const Reg power = exponential(row + r, scores[r][j]);
+        total = V::add_where(below, total, power);
+        if constexpr (kClose) {
+          const Reg error = V::load(Base::span.errors + p * kPanelItems + j * V::kWidth);
+          weights = V::add_where(below, weights, V::mul(power, V::fma(error, per_error, other)));
+        }
         none = V::both(none, below);
       }
       V::store(totals + (row + r) * V::kWidth, total);
+      if constexpr (kClose) V::store(weighted + (row + r) * V::kWidth, weights);
     }
     if (__builtin_expect(V::all(none), 1)) return;
     float lanes[M][kPanelItems];
@@ -225,7 +245,7 @@ struct ScanReadout : FilterReadout<V> {
   __attribute__((noinline)) void keep(int row, int p, uint32_t lanes, const float* score) {
     const int64_t first = Base::span.panels[p] * kPanelItems;
     Candidate* buffer = buffers + static_cast<int64_t>(row) * (kFilterBuffer + kPanelItems);
-    float rest[kPanelItems];
+    float rest[kPanelItems], reaches[kPanelItems] = {};
     bool some = false;
     for (int j = 0; j < Base::kRegisters; j++) V::store(rest + j * V::kWidth, V::set1(kHiddenScore));
     for (; lanes; lanes &= lanes - 1) {
@@ -236,16 +256,22 @@ struct ScanReadout : FilterReadout<V> {
       const bool bounded = reach < kLargestBound;
       if (bounded ? !(score[i] > least_score[row] - reach) : row >= Base::unit.rows) {
         rest[i] = score[i];
+        reaches[i] = bounded ? reach : 0;
         some = true;
       } else {
         buffer[counts[row]++] = {bounded ? score[i] : 0, reach, first + i};
       }
     }
     if (some) {
-      Reg total = V::load(totals + row * V::kWidth);
-      for (int j = 0; j < Base::kRegisters; j++)
-        total = V::add(total, exponential(row, V::load(rest + j * V::kWidth)));
+      Reg total = V::load(totals + row * V::kWidth), weights = V::zero();
+      for (int j = 0; j < Base::kRegisters; j++) {
+        const Reg power = exponential(row, V::load(rest + j * V::kWidth));
+        total = V::add(total, power);
+        if constexpr (kClose) weights = V::fma(power, V::load(reaches + j * V::kWidth), weights);
+      }
       V::store(totals + row * V::kWidth, total);
+      float* to = weighted + row * V::kWidth;
+      if constexpr (kClose) V::store(to, V::add(weights, V::load(to)));
     }
     if (counts[row] > kFilterBuffer) flush(row);
   }
@@ -260,12 +286,13 @@ struct ScanReadout : FilterReadout<V> {
       // Exponents have no room for scores that far above where the floor was.
       const bool room = !(least_score[r] - Base::rows.floor[r] > 80);
       sums.sum[r] = room ? V::sum(V::load(totals + r * V::kWidth)) : std::numeric_limits<double>::infinity();
+      if constexpr (kClose) sums.reach[r] = V::sum(V::load(weighted + r * V::kWidth));
     }
   }
 };
 
 // Runs the unit's panels past its rows.
-template <class V, class Readout, class BeforeSpan>
+template <class V, int kParts, class Readout, class BeforeSpan>
 void score_unit(const CatalogFilter& filter, const FilterUnit& unit, FilterRows& rows, FilterSpan& span,
                 FilterSums& sums, Readout& readout, BeforeSpan&& before_span) {
   span.clear();
@@ -274,7 +301,7 @@ void score_unit(const CatalogFilter& filter, const FilterUnit& unit, FilterRows&
     if (unit.spans != FilterUnit::Spans::kAll && early != (unit.spans == FilterUnit::Spans::kEarly)) continue;
     span.count = static_cast<int>(least(kFilterSpan, unit.last_panel - panel));
     for (int p = 0; p < span.count; p++) span.panels[p] = unit.listed ? unit.listed[panel + p] : panel + p;
-    span.load(filter, sums);
+    span.load(filter, sums, kParts == 2);
     before_span(panel);
     // Panels in a row the processor fetches ahead by itself (asking for them cost 20 to 60 %), others not.
     for (int64_t next = panel + kFilterSpan;
@@ -285,10 +312,8 @@ void score_unit(const CatalogFilter& filter, const FilterUnit& unit, FilterRows&
     const bool bytes = filter.code == Code::kInt8;
     for (int row = 0; row < unit.rows; row += rows.together) {
       const int m = FilterRows::block_rows(static_cast<int>(least(rows.together, unit.rows - row)));
-      if (bytes && rows.parts == 1) score_block<V, Code::kInt8, 1>(filter, rows, row, m, span, readout);
-      if (bytes && rows.parts == 2) score_block<V, Code::kInt8, 2>(filter, rows, row, m, span, readout);
-      if (!bytes && rows.parts == 1) score_block<V, Code::kBFloat16, 1>(filter, rows, row, m, span, readout);
-      if (!bytes && rows.parts == 2) score_block<V, Code::kBFloat16, 2>(filter, rows, row, m, span, readout);
+      if (bytes) score_block<V, Code::kInt8, kParts>(filter, rows, row, m, span, readout);
+      if (!bytes) score_block<V, Code::kBFloat16, kParts>(filter, rows, row, m, span, readout);
     }
   }
 }
@@ -303,14 +328,14 @@ int64_t catalog_filter_sample(const CatalogFilter& filter, const FilterUsers& us
   rows.load(users, unit);
   FilterSums sums;
   SampleReadout<V> readout{{filter, users, unit, rows, span}, best, stride, groups};
-  score_unit<V>(filter, unit, rows, span, sums, readout,
-                [&](int64_t panel) { readout.first = panel - unit.first_panel; });
+  score_unit<V, 1>(filter, unit, rows, span, sums, readout,
+                   [&](int64_t panel) { readout.first = panel - unit.first_panel; });
   return arena.used();
 }
 
-template <class V>
-int64_t catalog_filter_scan(const CatalogFilter& filter, const FilterUsers& users, const FilterUnit& unit,
-                            void* memory, const CandidateSink& sink, FilterSums& sums) {
+template <class V, int kParts>
+int64_t filter_scan_of(const CatalogFilter& filter, const FilterUsers& users, const FilterUnit& unit,
+                       void* memory, const CandidateSink& sink, FilterSums& sums) {
   Arena arena(memory);
   FilterRows rows(arena, unit, filter);
   FilterSpan span(arena);
@@ -318,13 +343,22 @@ int64_t catalog_filter_scan(const CatalogFilter& filter, const FilterUsers& user
   int* counts = arena.take<int>(rows.count);
   float *least_score = arena.take<float>(rows.count), *base = arena.take<float>(rows.count);
   float* totals = arena.take<float>(static_cast<int64_t>(rows.count) * V::kWidth);
+  float* weighted = arena.take<float>(kParts == 2 ? static_cast<int64_t>(rows.count) * V::kWidth : 0);
   if (!memory) return arena.used();
   rows.load(users, unit);
-  ScanReadout<V> readout{{filter, users, unit, rows, span}, sink, buffers, counts, least_score, base, totals};
+  ScanReadout<V, kParts> readout{
+      {filter, users, unit, rows, span}, sink, buffers, counts, least_score, base, totals, weighted};
   readout.begin();
-  score_unit<V>(filter, unit, rows, span, sums, readout, [](int64_t) {});
+  score_unit<V, kParts>(filter, unit, rows, span, sums, readout, [](int64_t) {});
   readout.finish(sums);
   return arena.used();
+}
+
+template <class V>
+int64_t catalog_filter_scan(const CatalogFilter& filter, const FilterUsers& users, const FilterUnit& unit,
+                            void* memory, const CandidateSink& sink, FilterSums& sums) {
+  return unit.parts == 2 ? filter_scan_of<V, 2>(filter, users, unit, memory, sink, sums)
+                         : filter_scan_of<V, 1>(filter, users, unit, memory, sink, sums);
 }
 
 }  // namespace

@@ -82,6 +82,7 @@ struct CandidateSink {
 // What a scan finds beside candidates.
 struct FilterSums {
   double* sum = nullptr;      // [rows]: exp(score - floor) of all other items
+  double* reach = nullptr;    // [rows], of users in two parts: that sum with each one's reach as its weight
   float error = 0, norm = 0;  // the largest that are finite
 };
 

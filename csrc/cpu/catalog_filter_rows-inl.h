@@ -121,9 +121,12 @@ struct FilterSpan {
   float error[kFilterSpan], norm[kFilterSpan], beyond[kFilterSpan];  // the largest of a panel
   const float *scale[kFilterSpan], *bias[kFilterSpan];               // of a panel's items
   float *last_scale, *biases;
+  float* errors;  // of each panel's items, 0 where not finite; where asked for
 
   explicit FilterSpan(Arena& arena)
-      : last_scale(arena.take<float>(kPanelItems)), biases(arena.take<float>(kFilterSpan * kPanelItems)) {}
+      : last_scale(arena.take<float>(kPanelItems)),
+        biases(arena.take<float>(kFilterSpan * kPanelItems)),
+        errors(arena.take<float>(kFilterSpan * kPanelItems)) {}
 
   // Before the first.
   void clear() {
@@ -131,21 +134,25 @@ struct FilterSpan {
     for (int i = 0; i < kFilterSpan * kPanelItems; i++) biases[i] = 0;
   }
 
-  void load(const CatalogFilter& filter, FilterSums& sums) {
+  void load(const CatalogFilter& filter, FilterSums& sums, bool with_errors) {
     PairMaxima of_span;
     for (int p = 0; p < count; p++) {
       const int64_t first = panels[p] * kPanelItems;
       const int n = static_cast<int>(least(kPanelItems, filter.items - first));
-      const BFloat16* errors = filter.error + 2 * first;
+      const BFloat16* of_items = filter.error + 2 * first;
       BFloat16 copied[2 * kPanelItems] = {};
       if (n < kPanelItems) {
-        for (int i = 0; i < 2 * n; i++) copied[i] = errors[i];
+        for (int i = 0; i < 2 * n; i++) copied[i] = of_items[i];
         for (int i = 0; filter.scale && i < n; i++) last_scale[i] = filter.scale[first + i];
-        errors = copied;
+        of_items = copied;
+      }
+      for (int i = 0; with_errors && i < kPanelItems; i++) {
+        const float error_of_item = to_float(of_items[2 * i]);
+        errors[p * kPanelItems + i] = error_of_item < kLargestBound ? error_of_item : 0;
       }
       PairMaxima of_panel;
-      of_panel.take(errors);
-      of_panel.take(errors + kPanelItems);
+      of_panel.take(of_items);
+      of_panel.take(of_items + kPanelItems);
       PairMaxima::reduce(of_panel.all, &error[p], &norm[p]);
       of_span.finite = of_panel.finite > of_span.finite ? of_panel.finite : of_span.finite;
       scale[p] = n < kPanelItems || !filter.scale ? last_scale : filter.scale + first;

@@ -14,7 +14,8 @@
 
 namespace attnrec::cpu {
 
-constexpr double kExpError = 0.03;  // of exp2_rough
+constexpr double kExpError = 0.03;     // of exp2_rough
+constexpr double kCloseError = 0.002;  // of what a unit adds up of users in two parts, rounding included
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // 2^x to 3 % for an x up to 127, 0 below -127: the tiers' exp2_rough.
@@ -35,13 +36,17 @@ double sum_exp(Iterator first, Iterator last, double base) {
   return sum;
 }
 
-// A sum of exponentials that is known but for each one's `reach`, and by how much it may be too small.
+// A sum of exponentials that is known but for each one's reach, and by how much it may be too small: each one
+// by (1 + error)·exp(reach) - 1 at most. That is convex, so that at their mean reach it is, for all of them
+// together, no more than what lies on the straight line from a reach of 0 to the largest one.
 struct Around {
   SoftmaxParts sum, excess;
 
-  void add(double maximum, double part, double reach) {
+  void add(double maximum, double part, double reach) { add(maximum, part, reach, reach, kExpError); }
+  void add(double maximum, double part, double reach, double mean, double error) {
     sum.add(maximum, part);
-    excess.add(maximum + reach, part * (1 + kExpError - std::exp(-reach)));
+    const double less = std::exp(-reach), share = mean < reach ? mean / reach : 1;
+    excess.add(maximum + reach, part * ((1 + error - less) * share + error * less * (1 - share)));
   }
   // By how much the lse of all is off at most: too small rather than too large.
   double lse_error(const SoftmaxParts& exact) const {

@@ -68,6 +68,7 @@ class Search {
     const int64_t count = static_cast<int64_t>(units.size());
     kept.assign(count * n, {});
     sums.assign(count * n, 0);
+    mean_reach.assign(count * n, kInf);
     bounds.assign(count, {});
     taken = std::vector<std::atomic<int64_t>>(n);
     scan(with_parts(1), 1, [](int64_t chunk) { return early(chunk); });
@@ -75,9 +76,15 @@ class Search {
       if (parts[i]) look_ahead(i);
     });
     scan(with_parts(1), 1, [](int64_t chunk) { return !early(chunk); });
-    scan(with_parts(2), 2, [](int64_t) { return true; });
-    for_each_unit(n, [&](int64_t i) {
-      if (parts[i] && !finish(first + i, i)) parts[i] = 0;
+    std::vector<int64_t> of = with_parts(1);
+    for_each_unit(static_cast<int64_t>(of.size()), [&](int64_t j) {
+      if (!finish(first + of[j], of[j]) && parts[of[j]])
+        take_both(of[j]);  // the early chunks promised too much
+    });
+    of = with_parts(2);
+    scan(of, 2, [](int64_t) { return true; });
+    for_each_unit(static_cast<int64_t>(of.size()), [&](int64_t j) {
+      if (!finish(first + of[j], of[j])) give_up(of[j]);
     });
     for (int64_t i = 0; i < n; i++) {
       if (parts[i]) continue;
@@ -187,12 +194,16 @@ class Search {
         const Rows& to = *static_cast<const Rows*>(context);
         return to.kept[to.users[row]].take(candidates, found);
       };
-      std::vector<double> found_sums(of.size());
+      std::vector<double> found_sums(of.size()), found_reach(of.size());
       FilterSums& found = bounds[chunk];
       found.sum = found_sums.data();
+      found.reach = found_reach.data();
       void* memory = thread_scratch(tier.catalog_filter_scan(filter, view, unit, nullptr, sink, found));
       tier.catalog_filter_scan(filter, view, unit, memory, sink, found);
-      for (size_t row = 0; row < of.size(); row++) sums[chunk * n + of[row]] = found_sums[row];
+      for (size_t row = 0; row < of.size(); row++) {
+        sums[chunk * n + of[row]] = found_sums[row];
+        if (with == 2) mean_reach[chunk * n + of[row]] = found_reach[row] / found_sums[row];
+      }
     });
   }
 
@@ -207,10 +218,7 @@ class Search {
       const Kept& part = kept[chunk * n + i];
       if (part.lost) return give_up(i);
       all.insert(all.end(), part.candidates.begin(), part.candidates.end());
-      for (int with = 1; with <= kUserParts; with++) {
-        rest[with - 1].add(part.base, sums[chunk * n + i], reach(chunk, i, with));
-        rest[with - 1].add(part.dropped.maximum, part.dropped.sum, reach(chunk, i, with));
-      }
+      for (int with = 1; with <= kUserParts; with++) add_rest(chunk, i, with, rest[with - 1]);
     }
     const double sure = Kept::kth_sure(all, k);
     sure_floor[i] = std::max(sure_floor[i], Kept::below(sure));
@@ -224,7 +232,7 @@ class Search {
     if (!(rest[0].lse_error(candidates) <= kSure * kLseError)) parts[i] = 2;
     Around& others = rest[parts[i] - 1];
     if (!(others.lse_error(candidates) <= kHopeless * kLseError)) return give_up(i);
-    if (parts[i] == 2) taken[i] = 0;
+    if (parts[i] == 2) take_both(i);
     // As high as lse allows: `from` is where those begin that lose their exact scores.
     const auto allows = [&](auto from) {
       Around with = others;
@@ -248,6 +256,18 @@ class Search {
   }
 
   void give_up(int64_t i) { parts[i] = 0; }
+  void take_both(int64_t i) {
+    parts[i] = 2;
+    taken[i] = 0;
+  }
+
+  // What a chunk has of a user beside candidates, its scores computed from so many parts.
+  void add_rest(int64_t chunk, int64_t i, int with, Around& to) const {
+    const int64_t at = chunk * static_cast<int64_t>(parts.size()) + i;
+    const double most = reach(chunk, i, with), error = with == 2 ? kCloseError : kExpError;
+    to.add(kept[at].base, sums[at], most, mean_reach[at], error);
+    to.add(kept[at].dropped.maximum, kept[at].dropped.sum, most);
+  }
 
   // The most by which a chunk's scores may be off for a user.
   double reach(int64_t chunk, int64_t i, int with) const {
@@ -271,20 +291,23 @@ class Search {
   // Candidates of a user beyond which reading all rows is cheaper than gathering some.
   int64_t limit() const { return std::max(16 * k, filter.items / 32) + 8192; }
 
-  // Exact scores, the best of them, and lse: false where the user has to be served without the filter.
+  // Exact scores, the best of them, and lse: false where lse is not known well enough, and where the user is
+  // given up.
   bool finish(int64_t user, int64_t i) {
     const int64_t count = static_cast<int64_t>(units.size()), n = static_cast<int64_t>(kept.size()) / count;
     Kept all = kept[i];
     Around rest;  // of all items without an exact score
     for (int64_t chunk = 0; chunk < count; chunk++) {
       const Kept& part = kept[chunk * n + i];
-      if (part.lost) return false;
+      if (part.lost) {
+        give_up(i);
+        return false;
+      }
       if (chunk > 0)
         all.candidates.insert(all.candidates.end(), part.candidates.begin(), part.candidates.end());
-      const double sum = sums[chunk * n + i];
-      if (sum > std::numeric_limits<float>::max()) return false;  // the floor rose far above the unit's base
-      rest.add(part.base, sum, reach(chunk, i, parts[i]));
-      rest.add(part.dropped.maximum, part.dropped.sum, reach(chunk, i, parts[i]));
+      // The floor rose far above the unit's base.
+      if (sums[chunk * n + i] > std::numeric_limits<float>::max()) return false;
+      add_rest(chunk, i, parts[i], rest);
     }
     // Those that may be among the best come first. The others only make lse exact where it has to be.
     const double sure = Kept::kth_sure(all.candidates, k);
@@ -379,11 +402,13 @@ class Search {
   int64_t pieces = 1, groups = kPanelItems;
   std::optional<Users> users;
   TopkOptions of_group;
-  std::vector<char> parts;         // of each user, that its scores are computed from; 0: it is not served
-  std::vector<float> sure_floor;   // what k items of a user reach
-  std::vector<Kept> kept;          // [chunks][users]
-  std::vector<double> sums;        // likewise
-  std::vector<FilterSums> bounds;  // [chunks]
+  std::vector<char> parts;        // of each user, that its scores are computed from; 0: it is not served
+  std::vector<float> sure_floor;  // what k items of a user reach
+  std::vector<Kept> kept;         // [chunks][users]
+  std::vector<double> sums;       // likewise
+  std::vector<double>
+      mean_reach;  // likewise, of users in two parts: weighted by the exponentials; others: inf
+  std::vector<FilterSums> bounds;           // [chunks]
   std::vector<std::atomic<int64_t>> taken;  // candidates of each user
 };
 

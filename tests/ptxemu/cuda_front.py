@@ -146,8 +146,13 @@ class CudaLibrary:
     def program(self):  # reading PTX takes seconds, and not every library is launched from
         return Program(self.ptx, identity=True)
 
+    def program_of(self, kernel):
+        """The program that a kernel is launched from."""
+        return self.program
+
     def launch(self, name, grid, block, shared, max_dynamic, args):
-        kernel = self.program.kernel(name)
+        program = self.program_of(name)
+        kernel = program.kernel(name)
         if shared > max_dynamic:
             raise PtxError(
                 "bad launch",
@@ -158,7 +163,7 @@ class CudaLibrary:
         params = bytearray(kernel.param_bytes)
         for i, (offset, p) in enumerate(kernel.params.values()):
             params[offset : offset + p.size] = ctypes.string_at(args[i], p.size)
-        call = Call(self.program, name, grid, block, bytes(params), shared, _runtime.memory)
+        call = Call(program, name, grid, block, bytes(params), shared, _runtime.memory)
         self.stats.append(self.execute(call) if self.execute else call.run(**self.options))
 
     def call(self, name, *args, **options):

@@ -108,8 +108,8 @@ def _low_half(line):
 
 
 def _argument(line):
-    """A scale or another fp32 argument, which `mutants` finds, is 1."""
-    return re.sub(r"ld\.param\.[bf]32(\s+%\w+), \[\w+\];", r"mov.b32\1, 0f3F800000;", line)
+    """A scale or another fp32 argument, which `mutants` finds, or a struct's (nvcc gives it a type), is 1."""
+    return re.sub(r"ld\.param\.[bf]32(\s+%\w+), \[[\w+]+\];", r"mov.b32\1, 0f3F800000;", line)
 
 
 KINDS = {
@@ -140,7 +140,9 @@ def mutants(ptx, kernel):
         if re.match(r"\s*(//|\.|\$|\{|\}|$)", line) or "//" in line.split(";")[0]:
             continue
         for kind, change in KINDS.items():
-            if kind == "argument lost" and floats.isdisjoint(re.findall(r"\[(\w+)\]", line)):
+            if kind == "argument lost" and not (
+                "ld.param.f32" in line or floats.intersection(re.findall(r"\[(\w+)\]", line))
+            ):
                 continue
             new = change(line)
             if new is not None:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -63,6 +64,25 @@ def _object(source):
 _program = cache(functools.partial(Program, identity=True))
 
 
+@cache
+def alone(ptx, kernel):
+    """The PTX with this kernel and no other, every line in its place."""
+    kept, other = [], False
+    for line in ptx.split("\n"):
+        entry = re.search(r"\.entry\s+(\w+)", line) if ".entry" in line else None
+        other = other or (entry is not None and entry[1] != kernel)
+        kept.append("" if other else line)
+        other = other and line != "}"
+    return "\n".join(kept)
+
+
+class Library(CudaLibrary):
+    """Of its kernels each is read when it is launched: all of them take up to a quarter of a minute."""
+
+    def program_of(self, kernel):
+        return _program(alone(self.ptx, kernel))
+
+
 def _execute(call):
     """As session.execute, with the faults that a test plants."""
     if session.edit is not None:
@@ -77,7 +97,7 @@ def libraries():
     """The kernels' libraries; loads them and the binding, compiled where they are not yet."""
 
     def library(source):
-        return CudaLibrary(str(source), [f"-I{CSRC}"], _execute, depends=headers(), visible=True)
+        return Library(str(source), [f"-I{CSRC}"], _execute, depends=headers(), visible=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [pool.submit(_object, source) for source in BINDING]

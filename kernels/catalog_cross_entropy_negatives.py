@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import streaming as st
 from .catalog_cross_entropy import Rows, launch_for, own_scores
-from .launch import cdiv, native_head_dim
+from .launch import cdiv, most_registers, native_head_dim
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -112,7 +112,7 @@ def own_changes(rows: Rows, lse: Tensor, grad: Tensor) -> Tensor:
     _own_changes[(cdiv(grad.shape[0], launch.block_m),)](
         rows.users, rows.table, rows.target, rows.target_bias, lse, grad, change, rows.factor,
         grad.shape[0], rows.users.stride(0), rows.table.stride(0), HAS_BIAS=rows.bias is not None,
-        **constants,
+        maxnreg=most_registers(launch.num_warps), **constants,
     )  # fmt: skip
     return change
 

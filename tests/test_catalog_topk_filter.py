@@ -200,6 +200,18 @@ def test_flat_scores_are_served(length):
         assert (found[2] != plain[2]).sum() >= 8  # the filter's own
 
 
+@pytest.mark.parametrize("length", [2.0, 2.5])
+def test_who_was_promised_too_much_is_served(length):
+    """The runs of 4,096 items that go first are better than the others: second parts make up for it."""
+    rows, users = normal(ITEMS, 64, seed=1), normal(64, 64)
+    rows[torch.arange(ITEMS) // 4096 % 4 == 0] *= 1.3
+    users = users / users.norm(dim=1, keepdim=True) * length
+    found = check(users, rows, 10, made(rows, "int8"))
+    if READS_FILTERS:
+        plain = ops.call("catalog_topk", users, rows, 10)
+        assert (found[2] != plain[2]).sum() >= 63
+
+
 @pytest.mark.parametrize("error", [0.06, 0.09, 0.11, 0.15, 0.3])
 def test_lse_where_all_errors_add_up(error):
     """Every item is rounded the same way, and against the user: no score is better than its bound."""

@@ -2,30 +2,37 @@
 
     python -m tests.ptxemu.counts [--json FILE] [--case WORD]
 
-Runs each op's kernels on small batches on the emulator and prints a row for each kernel; the causal cases
-also for flash-linear-attention's attention on the same inputs, where it is installed. All counts are of the
-whole launch. `scores` are the pairs of a row and an event (or item) that the op is asked about, so that
-"instructions a score" compares kernels that cut them into tiles differently.
+Runs each op's kernels on small batches on the emulator and prints a row for each kernel: Triton's, on the
+same inputs the CUDA C++ ones where the op has them and there is nvcc, and in the causal cases also
+flash-linear-attention's attention, where it is installed. All counts are of the whole launch. `scores` are
+the pairs of a row and an event (or item) that the op is asked about, so that "instructions a score" compares
+kernels that cut them into tiles differently.
 """
 
 import argparse
 import contextlib
 import json
+import re
+import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from helpers import make_jagged, make_offsets
 
 import attnrec
-from ptxemu import peers
+from ptxemu import peers, project, session
 from ptxemu.counts_page import COLUMNS, table
+from ptxemu.cuda_front import CUDA_HOME
 from ptxemu.triton_front import emulated
 
 
@@ -48,132 +55,183 @@ def of_launch(stats, blocks, threads):
     }
 
 
-def counted(function):
-    """{kernel: counts} of the launches that function() makes the second time: the first may tune."""
+@cache
+def plain_name(kernel):
+    """A kernel's name in the source, of the mangled one that nvcc gives it."""
+    if not kernel.startswith("_Z"):
+        return kernel
+    text = subprocess.run(["c++filt", kernel], capture_output=True, text=True, check=True).stdout
+    return re.search(r"(\w+)\s*[<(]", text.split("(anonymous namespace)::")[-1])[1]
+
+
+def counted(function, tunes=False):
+    """{kernel: counts} of the launches that function() makes; where it tunes at first, the second time."""
     found = {}
 
     def execute(call):
         stats = call.run(races=False)
-        counts = of_launch(stats, call.blocks, call.threads)
-        before = found.get(call.name)
+        counts = of_launch(stats, call.blocks, int(np.prod(call.threads)))
+        name = plain_name(call.name)
+        before = found.get(name)
         if before:
             counts = {k: n if k == "threads_a_block" else n + before[k] for k, n in counts.items()}
         matrix = [name.removeprefix("mma ") for name in stats.classes if name.startswith("mma")]
-        found[call.name] = counts | {"matrix_kinds": matrix}
+        found[name] = counts | {"matrix_kinds": matrix}
         return stats
 
     with warnings.catch_warnings(), peers.on_an_a100(), emulated(execute):
         warnings.simplefilter("ignore")
-        function()
-        found.clear()
-        function()
+        with mock.patch.object(session, "execute", execute):  # the CUDA C++ kernels'
+            if tunes:
+                function()
+                found.clear()
+            function()
     return found
 
 
 # --- cases --------------------------------------------------------------------------------------------------
 
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
 
 @dataclass(frozen=True)
 class Case:
     name: str
+    op: str
     scores: int
-    functions: dict
+    function: Callable
+    inputs: tuple
+    backward: bool = True
+    peer: Callable | None = None  # another project's, on the same inputs
+
+    def functions(self):
+        """Who computes it, and what does: {name: function()}."""
+        found = {"Triton": partial(self.ours, "triton", self.backward)}
+        if self.op in cuda_kernels():
+            both = self.backward and f"{self.op}_backward" in cuda_kernels()
+            found["CUDA C++" if both == self.backward else "CUDA C++, forward"] = partial(
+                self.ours, "cuda", both
+            )
+        if self.peer:
+            found["flash-linear-attention"] = partial(
+                forward_and_backward, self.peer, self.inputs, self.backward
+            )
+        return found
+
+    def ours(self, backend, backward):
+        with contextlib.ExitStack() as stack:
+            if backend == "cuda":
+                stack.enter_context(project.served())
+            stack.enter_context(attnrec.use_backend(backend))
+            forward_and_backward(self.function, self.inputs, backward)
 
 
-def ours(function):
-    def run():
-        with attnrec.use_backend("triton"):
-            function()
-
-    return run
+@cache
+def cuda_kernels():
+    return set(project.kernels()) if project.why_not() is None else set()
 
 
-def forward_and_backward(function, inputs, backward=True):
+def forward_and_backward(function, inputs, backward):
     leaves = [x.detach().requires_grad_(backward) for x in inputs]
     out = function(*leaves)
     if backward:
         torch.autograd.grad(out.float().sum(), leaves)
 
 
-def causal(dim, lengths=(256, 100, 37, 129), heads=4, kv_heads=2):
-    """Self-attention over histories, bf16, grouped heads: the one thing that both can do."""
-    batch = make_jagged(lengths, lengths, heads=heads, kv_heads=kv_heads, dim=dim, dtype=torch.bfloat16)
+def causal(dim, dtype, lengths=(256, 100, 37, 129), heads=4, kv_heads=2):
+    """Self-attention over histories, grouped heads: the one thing that the peer can do too, in bf16."""
+    batch = make_jagged(lengths, lengths, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
     visible = torch.cat([torch.arange(1, n + 1) for n in lengths])
-    inputs = batch.query, batch.key, batch.value
     offsets = batch.q_offsets
 
-    def attnrec_(q, k, v):
+    def ours(q, k, v):
         return attnrec.target_attention(q, k, v, offsets, offsets, visible=visible)
 
-    functions = {"attnrec": ours(partial(forward_and_backward, attnrec_, inputs))}
-    parallel_attn = peers.parallel_attn()
-    if parallel_attn:
+    parallel_attn = peers.parallel_attn() if dtype == torch.bfloat16 else None
 
-        def fla(q, k, v):
-            return parallel_attn(q[None], k[None], v[None], cu_seqlens=offsets)[0]
+    def fla(q, k, v):
+        return parallel_attn(q[None], k[None], v[None], cu_seqlens=offsets)[0]
 
-        functions["flash-linear-attention"] = partial(forward_and_backward, fla, inputs)
-    name = f"causal self-attention, D = {dim}, bf16, forward and backward"
-    return Case(name, heads * sum(n * (n + 1) // 2 for n in lengths), functions)
+    return Case(
+        f"causal self-attention, D = {dim}, {NAMES[dtype]}, forward and backward",
+        "target_attention",
+        heads * sum(n * (n + 1) // 2 for n in lengths),
+        ours,
+        (batch.query, batch.key, batch.value),
+        peer=fla if parallel_attn else None,
+    )
 
 
-def candidates(dim, options=()):
+def candidates(dim, options, dtype):
     counts, events, heads = (64, 20, 130, 1), (200, 50, 512, 129), 2
-    batch = make_jagged(counts, events, heads=heads, dim=dim, dtype=torch.bfloat16, options=options)
-    inputs = batch.query, batch.key, batch.value
+    batch = make_jagged(counts, events, heads=heads, dim=dim, dtype=dtype, options=options)
 
     def attend(q, k, v):
         return attnrec.target_attention(q, k, v, *batch.args[3:], **batch.options)
 
     said = f" with {' and '.join(options)}" if options else ""
-    name = f"target attention{said}, D = {dim}, bf16, forward and backward"
-    scores = heads * sum(c * n for c, n in zip(counts, events, strict=True))
-    return Case(name, scores, {"attnrec": ours(partial(forward_and_backward, attend, inputs))})
+    return Case(
+        f"target attention{said}, D = {dim}, {NAMES[dtype]}, forward and backward",
+        "target_attention",
+        heads * sum(c * n for c, n in zip(counts, events, strict=True)),
+        attend,
+        (batch.query, batch.key, batch.value),
+    )
 
 
-def weights(top):
+def weights(top, dtype):
     counts, events = (64, 20, 130, 1), (200, 50, 512, 129)
-    batch = make_jagged(counts, events, heads=2, dim=32, dtype=torch.bfloat16)
-    run = partial(attnrec.target_attention_weights, *batch.weights_args, top=top)
-    scores = 2 * sum(c * n for c, n in zip(counts, events, strict=True))
-    return Case(f"attention weights, {f'top {top}' if top else 'all'}", scores, {"attnrec": ours(run)})
+    batch = make_jagged(counts, events, heads=2, dim=32, dtype=dtype)
+    return Case(
+        f"attention weights, {f'top {top}' if top else 'all'}, D = 32, {NAMES[dtype]}",
+        "target_attention_top" if top else "target_attention_weights",
+        2 * sum(c * n for c, n in zip(counts, events, strict=True)),
+        lambda q, k: attnrec.target_attention_weights(q, k, *batch.weights_args[2:], top=top),
+        (batch.query, batch.key),
+        backward=False,
+    )
 
 
-def catalogue(op, backward=True, rows=64, items=4096, dim=64):
+def catalogue(op, dtype, rows=64, items=4096, dim=64):
     generator = torch.Generator().manual_seed(0)
-    users, table = (torch.randn(n, dim, generator=generator).bfloat16() for n in (rows, items))
+    users, table = (torch.randn(n, dim, generator=generator).to(dtype) for n in (rows, items))
     target = torch.randint(0, items, (rows,), generator=generator)
     offsets = make_offsets([items // rows] * rows)
-    name, scores, function, inputs = {
+    name, scores, function = {
         "softmax_score": ("softmax over a user's candidates", items,
-                          lambda u, t: attnrec.softmax_score(u, t, offsets), (users, table)),
+                          lambda u, t: attnrec.softmax_score(u, t, offsets)),
         "catalog_topk": (f"top 100 of {items} items for {rows} users", rows * items,
-                         lambda u, t: attnrec.catalog_topk(u, t, 100), (users, table)),
+                         lambda u, t: attnrec.catalog_topk(u, t, 100)),
         "catalog_cross_entropy": (f"cross-entropy over {items} items, {rows} positions", rows * items,
-                                  lambda u, t: attnrec.catalog_cross_entropy(u, t, target), (users, table)),
+                                  lambda u, t: attnrec.catalog_cross_entropy(u, t, target)),
     }[op]  # fmt: skip
-    name += f", D = {dim}, bf16" + (", forward and backward" if backward else "")
-    return Case(name, scores, {"attnrec": ours(partial(forward_and_backward, function, inputs, backward))})
+    backward = op != "catalog_topk"
+    name += f", D = {dim}, {NAMES[dtype]}" + (", forward and backward" if backward else "")
+    return Case(name, op, scores, function, (users, table), backward)
 
 
 CASES = [
-    partial(causal, 32),
-    partial(causal, 64),
-    partial(candidates, 32),
-    partial(candidates, 64),
-    partial(candidates, 32, ("self", "key_bias")),
-    partial(weights, 10),
-    partial(weights, None),
-    partial(catalogue, "softmax_score"),
-    partial(catalogue, "catalog_topk", backward=False),
-    partial(catalogue, "catalog_cross_entropy"),
+    partial(make, *arguments, dtype)
+    for make, *arguments in (
+        (causal, 32),
+        (causal, 64),
+        (candidates, 32, ()),
+        (candidates, 64, ()),
+        (candidates, 32, ("self", "key_bias")),
+        (weights, 10),
+        (weights, None),
+        (catalogue, "softmax_score"),
+        (catalogue, "catalog_topk"),
+        (catalogue, "catalog_cross_entropy"),
+    )
+    for dtype in NAMES
 ]
 
 
 def rows_of(case):
     rows = []
-    for who, function in case.functions.items():
-        kernels = counted(function)
+    for who, function in case.functions().items():
+        kernels = counted(function, tunes=who == "flash-linear-attention")
         for kernel, counts in kernels.items():
             rows.append({"case": case.name, "who": who, "kernel": kernel, "scores": case.scores, **counts})
         if len(kernels) > 1:
@@ -188,6 +246,11 @@ def installed():
     for name in ("triton", "flash-linear-attention"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
+    if cuda_kernels():
+        said = subprocess.run(
+            [f"{CUDA_HOME}/bin/nvcc", "--version"], capture_output=True, text=True, check=True
+        )
+        found["nvcc"] = re.search(r"release ([\d.]+)", said.stdout)[1]
     return found
 
 

@@ -195,6 +195,7 @@ def judge(mutant, form, arguments, tests, observer, limit):
                     status, _ = run(
                         arguments, Only(test), edit=lambda name, text: planted if text == ptx else text
                     )
+                    assert status != pytest.ExitCode.NO_TESTS_COLLECTED
                     if status != 0:
                         return "noticed"
         except PtxError:

@@ -73,6 +73,23 @@ void check_per_item(const char* op, const char* name, const Tensor& tensor, int6
                 "], got ", shape_of(tensor));
 }
 
+void check_catalog_topk(const char* op, const Tensor& users, const Tensor& catalog, int64_t k,
+                        const OptionalTensor& exclude_ids, const OptionalTensor& exclude_offsets,
+                        const OptionalTensor& bias, double temperature) {
+  check_catalog(op, users, "catalog", catalog, temperature);
+  const int64_t items = catalog.size(0);
+  ATTNREC_CHECK(k >= 0 && k <= items, op, "k must be from 0 to the size of the catalogue N = ", items,
+                ", got ", k);
+  ATTNREC_CHECK(exclude_ids.has_value() == exclude_offsets.has_value(), op,
+                exclude_ids ? "exclude_offsets" : "exclude_ids",
+                " must be given: exclude is a pair (ids, offsets)");
+  if (exclude_ids) {
+    check_integers(op, "exclude_ids", *exclude_ids, -1, users);
+    check_integers(op, "exclude_offsets", *exclude_offsets, users.size(0) + 1, users);
+  }
+  if (bias) check_per_item(op, "bias", *bias, items, users);
+}
+
 void check_softmax_score(const char* op, const Tensor& users, const Tensor& items, const Tensor& offsets,
                          double temperature, const OptionalTensor& bias) {
   check_catalog(op, users, "items", items, temperature);

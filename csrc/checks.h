@@ -40,6 +40,10 @@ void check_catalog(const char* op, const Tensor& users, const char* items_name, 
 void check_per_item(const char* op, const char* name, const Tensor& tensor, int64_t count,
                     const Tensor& users);
 
+void check_catalog_topk(const char* op, const Tensor& users, const Tensor& catalog, int64_t k,
+                        const OptionalTensor& exclude_ids, const OptionalTensor& exclude_offsets,
+                        const OptionalTensor& bias, double temperature);
+
 void check_softmax_score(const char* op, const Tensor& users, const Tensor& items, const Tensor& offsets,
                          double temperature, const OptionalTensor& bias);
 

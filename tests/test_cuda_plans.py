@@ -36,6 +36,11 @@ AttentionPlan = namedtuple(
 RowsPlan = namedtuple(
     "RowsPlan", "warps pack candidates tiles head_tiles chunks apart shared_bytes part_floats list_keys"
 )
+TopkPlan = namedtuple(
+    "TopkPlan",
+    "warps row_tiles k tile sample_blocks sampled part parts capacity room in_shared "
+    "shared_bytes merge_bytes keys floats integers",
+)
 
 
 @pytest.fixture
@@ -262,3 +267,65 @@ class TestCatalogCrossEntropyBackward:
         assert not direct
         assert of_items.pieces > 1
         assert not plan(BFLOAT16, 64, 100, 10**6, negatives=10**5)[3]
+
+
+class TestCatalogTopk:
+    @pytest.fixture
+    def plan(self, plans):
+        def call(element, dim, users, items, k, exclusions=0):
+            out = (ctypes.c_int64 * len(TopkPlan._fields))()
+            plans.plan_catalog_topk(element, *map(ctypes.c_int64, (dim, users, items, k, exclusions)), out)
+            return TopkPlan(*out)
+
+        return call
+
+    @given(
+        st.sampled_from([FLOAT32, BFLOAT16, FLOAT16]),
+        st.integers(1, 256),
+        st.integers(0, 10**6),
+        st.one_of(st.integers(0, 20_000), st.integers(0, 2**30 - 1)),
+        st.one_of(st.integers(0, 4096), st.integers(0, 2**30)),
+    )
+    def test_fits_the_chip_and_covers_the_catalogue(self, plan, element, dim, users, items, k):
+        k = min(k, items)
+        p = plan(element, dim, users, items, k)
+        assert p.warps in (1, 2, 4)
+        assert p.shared_bytes <= 163 * 1024  # an A100's block
+        assert p.merge_bytes <= 99 * 1024
+        assert 16 * p.warps * p.row_tiles >= users
+        assert p.parts * p.part >= items > (p.parts - 1) * p.part - (items == 0)
+        assert p.parts <= 2048
+        assert p.part % p.tile == 0
+        # A list has room for the k best and a tile, or for all of its part.
+        assert p.capacity == p.part or p.capacity >= p.k + p.tile
+        assert p.room >= p.k + 256  # what a round of the merge adds
+        lists = 8 * users * p.parts * p.capacity
+        assert lists <= max(128 << 20, 8 * users * p.capacity)
+        if p.sample_blocks:
+            assert p.sample_blocks * p.tile >= 4 * p.k
+            assert p.sampled >= p.tile  # no group is empty
+            assert 7 * p.sample_blocks * p.sampled <= items
+            # The id of the last row of the last tile that is read ahead fits in an int.
+            assert 7 * p.sample_blocks * (p.sampled + p.tile) < 2**31
+
+    def test_scratch(self, plan):
+        p = plan(BFLOAT16, 64, 10, 1_000_000, 100, exclusions=70)
+        assert p.sample_blocks
+        assert p.in_shared
+        assert p.keys == 10 * (p.parts * p.capacity + 1)
+        assert p.floats == 10 * (2 * p.parts + p.sample_blocks * p.tile + 1)
+        assert p.integers == 10 * p.parts + 70
+        p = plan(BFLOAT16, 64, 10, 20_000, 10_000)
+        assert not p.sample_blocks
+        assert not p.in_shared
+        assert p.keys == 10 * (p.parts * p.capacity + p.room)
+
+    def test_few_users_share_the_chip_among_parts(self, plan):
+        alone, many = (plan(FLOAT32, 64, users, 1_000_000, 100) for users in (1, 4096))
+        assert (alone.warps, many.warps) == (1, 4)
+        assert alone.parts > 1000 > many.parts
+
+    def test_a_small_catalogue_has_no_sample(self, plan):
+        assert not plan(FLOAT32, 64, 100, 500, 10).sample_blocks
+        assert not plan(FLOAT32, 64, 100, 50_000, 5000).sample_blocks
+        assert plan(FLOAT32, 64, 100, 50_000, 100).sample_blocks

@@ -139,11 +139,7 @@ class Cuda:
             major, minor = torch.cuda.get_device_capability(call.device)
             if major < 8:
                 return f"the GPU is sm_{major}{minor}, and the kernels need sm_80 or newer"
-        if call.op.name.startswith("catalog_cross_entropy"):
-            dim = call.arguments["users"].shape[1]
-            if dim > 256:
-                return f"the kernels of {call.op.name} take vectors of up to 256 elements, not {dim}"
-        return None
+        return _beyond_cuda(call.op.name, call.arguments)
 
     def run(self, call: Call) -> Any:
         args, kwargs = call.op.split(call.arguments)
@@ -152,6 +148,19 @@ class Cuda:
             torch.ops.attnrec.allow_tf32(tf32)
             self._tf32 = tf32
         return self.kernels[call.op.name].call_boxed(_CUDA_KEYS, *args, **kwargs)
+
+
+def _beyond_cuda(op: str, arguments: Arguments) -> str | None:
+    """What an op's CUDA kernel does not take, beyond the op's own checks."""
+    if not op.startswith("catalog_"):
+        return None
+    dim = arguments["users"].shape[1]
+    if dim > 256:
+        return f"the kernels of {op} take vectors of up to 256 elements, not {dim}"
+    if op == "catalog_topk" and arguments["catalog"].shape[0] >> 30:
+        items = arguments["catalog"].shape[0]
+        return f"the catalogue has {items} items, and the kernel counts them in 30 bits"
+    return None
 
 
 _CUDA_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -166,6 +175,7 @@ TRITON_FIRST: dict[str, str] = {
     "target_attention": "no GPU has compared them yet",
     "target_attention_weights": "no GPU has compared them yet",
     "target_attention_top": "no GPU has compared them yet",
+    "catalog_topk": "no GPU has compared them yet",
     "softmax_score": "no GPU has compared them yet",
     "softmax_score_backward": "no GPU has compared them yet",
     "catalog_cross_entropy": "no GPU has compared them yet",

@@ -128,14 +128,10 @@ std::tuple<Tensor, Tensor, Tensor> catalog_topk(Tensor users, Tensor catalog, in
                                                 OptionalTensor filter, OptionalTensor filter_scale,
                                                 OptionalTensor filter_error) {
   const char* op = "catalog_topk";
+  check_catalog_topk(op, users, catalog, k, exclude_ids, exclude_offsets, bias, temperature);
   CatalogArguments arguments(op, users, "catalog", catalog, temperature);
   Attention& a = arguments.attention;
   const int64_t batch = users.size(0), items = catalog.size(0);
-  ATTNREC_CHECK(k >= 0 && k <= items, op, "k must be from 0 to the size of the catalogue N = ", items,
-                ", got ", k);
-  ATTNREC_CHECK(exclude_ids.has_value() == exclude_offsets.has_value(), op,
-                exclude_ids ? "exclude_offsets" : "exclude_ids",
-                " must be given: exclude is a pair (ids, offsets)");
   const std::vector<int64_t> kv_offsets{0, items};
   a.kv_offsets = kv_offsets.data();
   a.scale = 1;
@@ -143,15 +139,12 @@ std::tuple<Tensor, Tensor, Tensor> catalog_topk(Tensor users, Tensor catalog, in
   options.temperature = temperature;
   std::vector<int64_t> offsets, excluded;
   if (exclude_ids) {
-    check_integers(op, "exclude_ids", *exclude_ids, -1, users);
-    check_integers(op, "exclude_offsets", *exclude_offsets, batch + 1, users);
     offsets = offsets_of(op, "exclude_offsets", *exclude_offsets, *exclude_ids, "exclude_ids");
     excluded = sorted_exclusions(op, *exclude_ids, offsets, items);
     options.excluded = excluded.data();
     options.exclude_offsets = offsets.data();
   }
   if (bias) {
-    check_per_item(op, "bias", *bias, items, users);
     options.bias_element = element_of(op, "bias", *bias);
     options.bias = bias->const_data_ptr();
     options.bias_stride = bias->stride(0);

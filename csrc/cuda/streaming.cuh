@@ -117,14 +117,16 @@ __device__ __forceinline__ void for_each_tile(const Set<T>& set, T* stages, int 
 
 // --- scores ------------------------------------------------------------------------------------------------
 
-// What turns products into scores in units of log2: `s * unit`, with `s` after `mask_scores`.
+// What turns products into scores in units of log2 (or others: the factor and the bias's unit say which):
+// `s * unit`, with `s` after `mask_scores`.
 struct Scoring {
   float factor;      // scale * log2(e)
   bool multiply;     // the factor is taken into the scores; always where it is not positive
   const void* bias;  // of the set's rows, or null
   Element bias_element;
   int64_t bias_stride;
-  int length;  // of the set
+  int length;                // of the set
+  float bias_unit = kLog2e;  // what the bias is multiplied with
 
   __device__ float unit() const { return multiply ? 1.0f : factor; }
   __device__ float bias_at(int event) const {  // -inf beyond the end
@@ -146,7 +148,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Scoring
     for (int j = 0; j < NT; j++) {
 #pragma unroll
       for (int c = 0; c < 2; c++) {
-        const float bias = scoring.bias_at(event + column_of(j, c)) * kLog2e;
+        const float bias = scoring.bias_at(event + column_of(j, c)) * scoring.bias_unit;
 #pragma unroll
         for (int i = 0; i < MT; i++) {
 #pragma unroll

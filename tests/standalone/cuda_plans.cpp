@@ -2,6 +2,7 @@
 #include <initializer_list>
 
 #include "cuda/catalog_cross_entropy_backward.h"
+#include "cuda/catalog_topk.h"
 #include "cuda/softmax_score.h"
 #include "cuda/target_attention.h"
 #include "cuda/target_attention_top.h"
@@ -104,4 +105,22 @@ extern "C" void plan_catalog_cross_entropy_backward(int element, int64_t dim, in
   *out++ = plan.group;
   *out++ = plan.direct;
   *out++ = plan.scratch_bytes;
+}
+
+extern "C" void plan_catalog_topk(int element, int64_t dim, int64_t users, int64_t items, int64_t k,
+                                  int64_t exclusions, int64_t* out) {
+  cuda::CatalogTopk c;
+  c.element = static_cast<cuda::Element>(element);
+  c.dim = static_cast<int>(dim);
+  c.users = users;
+  c.items = items;
+  c.k = static_cast<int>(k);
+  c.exclusions = exclusions;
+  if (exclusions > 0) c.excluded.data = &c;  // not read
+  const cuda::CatalogTopkPlan plan = cuda::plan_catalog_topk(c);
+  const int64_t values[] = {plan.warps,         plan.row_tiles, plan.k,         plan.tile,
+                            plan.sample_blocks, plan.sampled,   plan.part,      plan.parts,
+                            plan.capacity,      plan.room,      plan.in_shared, plan.shared_bytes,
+                            plan.merge_bytes,   plan.keys,      plan.floats,    plan.integers};
+  for (int64_t value : values) *out++ = value;
 }

@@ -107,9 +107,8 @@ def _low_half(line):
     return m and f"{line} shl.b64 {m[1]}, {m[1]}, 32; shr.s64 {m[1]}, {m[1]}, 32;"
 
 
-def _argument(line):
-    """A scale or another fp32 argument, which `mutants` finds, or a struct's (nvcc gives it a type), is 1."""
-    return re.sub(r"ld\.param\.[bf]32(\s+%\w+), \[[\w+]+\];", r"mov.b32\1, 0f3F800000;", line)
+# A scale or another fp32 argument, which `mutants` finds, is 1.
+_argument = _replace(r"ld\.param\.[bf]32(\s+%\w+), \[[%\w+]+\];", r"mov.b32\1, 0f3F800000;")
 
 
 KINDS = {

@@ -37,6 +37,9 @@ CASES = {  # name -> (makes a case, with what)
         attention, "target_attention", {"options": OPTIONS, "dim": 64, "kv_heads": 1, **ROWS}
     ),
     "target_attention, float32": (attention, "target_attention", {"dim": 20, "dtype": torch.float32, **ROWS}),
+    "target_attention, long": (
+        attention, "target_attention", {"dim": 16, "heads": 1, "rows": (40,), "events": (1100,)}
+    ),
     "softmax_score": (catalog, "softmax_score", CANDIDATES, {"rows": 4}),
     "softmax_score, long": (long_user, "softmax_score", {}),
     "softmax_score_backward": (catalog, "softmax_score", CANDIDATES, {"rows": 4, "differentiate": (0,)}),
@@ -48,8 +51,12 @@ CASES = {  # name -> (makes a case, with what)
         attention, "target_attention_weights", {"dim": 32, "options": ["key_bias"], **ROWS}
     ),
     "target_attention_top": (attention, "target_attention_top", 10, {"dim": 32, **ROWS}),
+    "catalog_cross_entropy": (catalog, "catalog_cross_entropy", "ids", {"rows": 80}),
+    "catalog_cross_entropy_backward": (
+        catalog, "catalog_cross_entropy", "ids", {"rows": 80, "differentiate": (0,)}
+    ),
 }  # fmt: skip
-OF_FORWARD = ("score_kernel", "normalize_kernel")
+OF_FORWARD = ("score_kernel", "normalize_kernel", "log_sum_kernel", "cross_entropy_loss_kernel")
 FAR = {case: {} for case in CASES if "," not in case}
 FAR |= {case: {"options": ()} for case in FAR if case.startswith("target_attention")}
 

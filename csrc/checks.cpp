@@ -119,6 +119,22 @@ void check_per_score(const char* op, const char* name, const Tensor& tensor, con
                 shape_of(tensor));
 }
 
+void check_attention_outputs(const char* op, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                             const Tensor& query, const Tensor& out, const Tensor& lse, ScalarType wide) {
+  const auto check_like = [&](const char* name, const Tensor& tensor, int64_t rank, ScalarType dtype) {
+    check_tensor(op, name, tensor, rank, dtype, query);
+    bool same = true;
+    for (int64_t i = 0; i < rank; i++) same &= tensor.size(i) == query.size(i);
+    const std::string last = rank == 3 ? ", " + std::to_string(query.size(2)) : "";
+    ATTNREC_CHECK(same, op, name, " must have shape [", query.size(0), ", ", query.size(1), last, "], got ",
+                  shape_of(tensor));
+  };
+  check_like("grad_out", grad_out, 3, query.scalar_type());
+  check_like("out", out, 3, query.scalar_type());
+  check_like("lse", lse, 2, wide);
+  if (grad_lse) check_like("grad_lse", *grad_lse, 2, wide);
+}
+
 void check_attention(const char* op, const Tensor& query, const Tensor& key, const Tensor* value,
                      const Tensor& q_offsets, const Tensor& kv_offsets, std::optional<double> scale,
                      const OptionalTensor& kv_lengths, const OptionalTensor& visible,

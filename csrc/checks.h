@@ -56,6 +56,10 @@ void check_cross_entropy(const char* op, const Tensor& users, const Tensor& tabl
 void check_per_score(const char* op, const char* name, const Tensor& tensor, const Tensor& users,
                      const Tensor& items);
 
+// What attention's backward gets beside the forward's arguments; `wide` is the dtype of `lse` and `grad_lse`.
+void check_attention_outputs(const char* op, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                             const Tensor& query, const Tensor& out, const Tensor& lse, ScalarType wide);
+
 // `self_value` and `value` are null in ops that have no such argument.
 void check_attention(const char* op, const Tensor& query, const Tensor& key, const Tensor* value,
                      const Tensor& q_offsets, const Tensor& kv_offsets, std::optional<double> scale,

@@ -41,6 +41,20 @@ TopkPlan = namedtuple(
     "warps row_tiles k tile sample_blocks sampled part parts capacity room in_shared "
     "shared_bytes merge_bytes keys floats integers",
 )
+BackwardPlan = namedtuple(
+    "BackwardPlan",
+    "row_warps pack candidates row_tiles head_tiles row_bytes event_warps events event_tiles event_bytes",
+)
+ATTENTIONS = (
+    st.sampled_from([FLOAT32, BFLOAT16, FLOAT16]),
+    st.integers(1, 256),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(0, 10**6),
+    st.integers(0, 10**9),
+    st.integers(0, 10**9),
+    st.booleans(),
+)
 
 
 @pytest.fixture
@@ -99,16 +113,7 @@ class TestTargetAttention:
 
         return call
 
-    @given(
-        st.sampled_from([FLOAT32, BFLOAT16, FLOAT16]),
-        st.integers(1, 256),
-        st.integers(1, 40),
-        st.integers(1, 4),
-        st.integers(0, 10**6),
-        st.integers(0, 10**9),
-        st.integers(0, 10**9),
-        st.booleans(),
-    )
+    @given(*ATTENTIONS)
     def test_fits_the_chip_and_covers_the_batch(
         self, plan, element, dim, group, kv_heads, users, rows, events, bias
     ):
@@ -151,17 +156,7 @@ class TestTargetAttentionWeights:
 
         return call
 
-    @given(
-        st.sampled_from([FLOAT32, BFLOAT16, FLOAT16]),
-        st.integers(1, 256),
-        st.integers(1, 40),
-        st.integers(1, 4),
-        st.integers(0, 10**6),
-        st.integers(0, 10**9),
-        st.integers(0, 10**9),
-        st.booleans(),
-        st.integers(-1, 10**4),
-    )
+    @given(*ATTENTIONS, st.integers(-1, 10**4))
     def test_fits_the_chip_and_covers_the_batch(
         self, plan, element, dim, group, kv_heads, users, rows, events, bias, top
     ):
@@ -189,6 +184,46 @@ class TestTargetAttentionWeights:
         sizes = {"heads": 4, "kv_heads": 4, "users": 1, "rows": 200, "events": 100_000}
         assert plan(BFLOAT16, 64, **sizes, top=100).apart
         assert not plan(BFLOAT16, 64, **sizes, top=1000).apart
+
+
+class TestTargetAttentionBackward:
+    @pytest.fixture
+    def plan(self, plans):
+        def call(element, dim, heads, kv_heads, users, rows, events, bias=False):
+            out = (ctypes.c_int64 * len(BackwardPlan._fields))()
+            numbers = map(ctypes.c_int64, (dim, heads, kv_heads, users, rows, events))
+            plans.plan_target_attention_backward(element, *numbers, ctypes.c_bool(bias), out)
+            return BackwardPlan(*out)
+
+        return call
+
+    @given(*ATTENTIONS)
+    def test_fits_the_chip_and_covers_the_batch(
+        self, plan, element, dim, group, kv_heads, users, rows, events, bias
+    ):
+        heads = group * kv_heads
+        p = plan(element, dim, heads, kv_heads, users, rows, events, bias)
+        assert 1 <= p.row_warps <= 4
+        assert 1 <= p.event_warps <= 4
+        assert max(p.row_bytes, p.event_bytes) <= 99 * 1024  # a block of the smallest chip from sm_80 on
+        assert p.pack * p.head_tiles == heads
+        assert group % p.pack == 0  # a tile's heads share a kv head
+        assert p.pack == 1 or not bias
+        assert 1 <= p.candidates * p.pack <= 16 * p.row_warps
+        assert p.events <= 16 * p.event_warps
+        assert p.row_tiles >= -(-rows // p.candidates) + users
+        assert p.event_tiles >= -(-events // p.events) + users
+
+    def test_small_users_leave_no_warp_idle(self, plan):
+        small = plan(BFLOAT16, 64, 4, 4, users=100, rows=100, events=1000)
+        large = plan(BFLOAT16, 64, 4, 4, users=100, rows=100 * 100, events=100 * 1000)
+        assert (small.row_warps, small.event_warps) == (1, 1)
+        assert (large.row_warps, large.event_warps) == (4, 4)
+
+    def test_wide_heads_are_shared_by_warps(self, plan):
+        wide = plan(BFLOAT16, 200, 1, 1, users=1, rows=8, events=8)
+        assert (wide.row_warps, wide.event_warps) == (2, 2)
+        assert plan(FLOAT32, 200, 1, 1, users=1, rows=8, events=8).event_warps == 4
 
 
 CrossEntropyPlan = namedtuple("CrossEntropyPlan", "warps row_tiles splits split shared_bytes scratch_bytes")

@@ -173,6 +173,7 @@ BACKENDS: tuple[Backend, ...] = (CUDA, Triton(), CPU, Reference())
 # slower than the other stays where it was.
 TRITON_FIRST: dict[str, str] = {
     "target_attention": "no GPU has compared them yet",
+    "target_attention_backward": "no GPU has compared them yet",
     "target_attention_weights": "no GPU has compared them yet",
     "target_attention_top": "no GPU has compared them yet",
     "catalog_topk": "no GPU has compared them yet",

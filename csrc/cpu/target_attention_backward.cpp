@@ -36,20 +36,8 @@ std::vector<Unit> plan_backward(const Attention& a) {
   return units;
 }
 
-// Checks a tensor that has a number for each of the query's rows and heads.
-Vectors per_row(const char* name, const Tensor& tensor, const Tensor& query, ScalarType dtype) {
-  check_tensor(kOp, name, tensor, 2, dtype, query);
-  ATTNREC_CHECK(tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1), kOp, name,
-                " must have shape [", query.size(0), ", ", query.size(1), "], got ", shape_of(tensor));
+Vectors per_row(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
-}
-
-Vectors like_query(const char* name, const Tensor& tensor, const Tensor& query, std::vector<Tensor>& kept) {
-  check_tensor(kOp, name, tensor, 3, query.scalar_type(), query);
-  ATTNREC_CHECK(
-      tensor.size(0) == query.size(0) && tensor.size(1) == query.size(1) && tensor.size(2) == query.size(2),
-      kOp, name, " must have query's shape ", shape_of(query), ", got ", shape_of(tensor));
-  return vectors_of(tensor, kept);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> target_attention_backward(
@@ -60,11 +48,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> target_attention_back
                                self_key, &self_value, key_bias);
   const Attention& a = arguments.attention;
   const ScalarType working = working_dtype(a.element);
+  check_attention_outputs(kOp, grad_out, grad_lse, query, out, lse, working);
   AttentionGradients g;
-  g.grad_out = like_query("grad_out", grad_out, query, arguments.kept);
-  g.out = like_query("out", out, query, arguments.kept);
-  g.lse = per_row("lse", lse, query, working);
-  if (grad_lse) g.grad_lse = per_row("grad_lse", *grad_lse, query, working);
+  g.grad_out = vectors_of(grad_out, arguments.kept);
+  g.out = vectors_of(out, arguments.kept);
+  g.lse = per_row(lse);
+  if (grad_lse) g.grad_lse = per_row(*grad_lse);
 
   const int64_t D = a.head_dim, rows = query.size(0), events = key.size(0);
   const auto gradient = [&](const OptionalTensor& of, int64_t n, int64_t heads) {

@@ -5,6 +5,22 @@
 
 namespace attnrec::cuda {
 
+// Division of numbers below 2^31 by one that is known before the launch, without a division (Granlund and
+// Montgomery 1994): a product's upper half, a sum and a shift.
+class Divisor {
+ public:
+  explicit Divisor(uint32_t divisor) : divisor_(divisor) {
+    while ((uint64_t{1} << shift_) < divisor) shift_++;
+    factor_ =
+        static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor)) / divisor + 1);
+  }
+  __device__ int quotient(int n) const { return (__umulhi(n, factor_) + n) >> shift_; }
+  __device__ int remainder(int n) const { return n - quotient(n) * static_cast<int>(divisor_); }
+
+ private:
+  uint32_t divisor_, factor_ = 0, shift_ = 0;
+};
+
 // Rows `first … end`.
 struct Range {
   int64_t first, end;

@@ -142,11 +142,11 @@ __device__ __forceinline__ void scores_half(float (&s)[MT][N / 8][4], const Rows
   }
 }
 
-template <class Kind, int D, int N, int MT, bool GUARDED>
+template <class Kind, int D, int N, int MT, bool GUARDED, int W>
 __device__ __forceinline__ void weigh_half(float (&acc)[MT][D / 8][4], const float (&p)[MT][N / 8][4],
                                            const typename Kind::T* tile, const NonFinite& bad, int event) {
   using T = typename Kind::T;
-  const T* at = tile + (lane() / 8 % 2 * 8 + lane() % 8) * kStride<T, D> + lane() / 16 * 8;
+  const T* at = tile + (lane() / 8 % 2 * 8 + lane() % 8) * kStride<T, W> + lane() / 16 * 8;
 #pragma unroll
   for (int k = 0; k < N / 16; k++) {
     uint32_t a[MT][4];
@@ -160,7 +160,7 @@ __device__ __forceinline__ void weigh_half(float (&acc)[MT][D / 8][4], const flo
 #pragma unroll
     for (int j = 0; j < D / 16; j++) {
       uint32_t b[4];
-      ptx::ldmatrix_trans(b, at + k * 16 * kStride<T, D> + j * 16);
+      ptx::ldmatrix_trans(b, at + k * 16 * kStride<T, W> + j * 16);
       if constexpr (GUARDED) {
 #pragma unroll
         for (int c = 0; c < 4; c++) {
@@ -231,11 +231,11 @@ __device__ __forceinline__ void scores_exact(float (&s)[MT][N / 8][4], const Any
 }
 
 // A weight is with one thread of the four that need it; they pass it round.
-template <int D, int N, int MT, bool GUARDED>
+template <int D, int N, int MT, bool GUARDED, int W>
 __device__ __forceinline__ void weigh_exact(float (&acc)[MT][D / 8][4], const float (&p)[MT][N / 8][4],
                                             const float* tile, const NonFinite& bad, int event) {
   static_assert(MT == 1);
-  constexpr int S = kStride<float, D>;
+  constexpr int S = kStride<float, W>;
 #pragma unroll
   for (int j = 0; j < N / 8; j++) {
 #pragma unroll 1
@@ -285,11 +285,11 @@ __device__ __forceinline__ void scores_tf32(float (&s)[MT][N / 8][4], const AnyR
 
 // The reduction's numbers 2t and 2t + 1 of eight stand where the instruction has t and t + 4, on both sides:
 // so the weights need not change threads.
-template <int D, int N, int MT, bool GUARDED>
+template <int D, int N, int MT, bool GUARDED, int W>
 __device__ __forceinline__ void weigh_tf32(float (&acc)[MT][D / 8][4], const float (&p)[MT][N / 8][4],
                                            const float* tile, const NonFinite& bad, int event) {
   static_assert(MT == 1);
-  constexpr int S = kStride<float, D>;
+  constexpr int S = kStride<float, W>;
   const float* at = tile + lane() % 4 * 2 * S + lane() / 4;
 #pragma unroll
   for (int j = 0; j < N / 8; j++) {
@@ -323,16 +323,17 @@ __device__ __forceinline__ void scores(float (&s)[MT][N / 8][4], const Rows<Kind
 }
 
 // GUARDED: values that are not finite are left out and noted in `bad`, the tile's first event being `event`.
-template <class Kind, int D, int N, int MT, bool GUARDED = false>
+// The tile's rows are `W` wide; with `tile` at another column than the first, W > D weighs some of them.
+template <class Kind, int D, int N, int MT, bool GUARDED = false, int W = D>
 __device__ __forceinline__ void weigh(float (&acc)[MT][D / 8][4], const float (&p)[MT][N / 8][4],
                                       const typename Kind::T* tile, const NonFinite& bad = {},
                                       int event = 0) {
   if constexpr (std::is_same_v<Kind, Float32>) {
-    weigh_exact<D, N, MT, GUARDED>(acc, p, tile, bad, event);
+    weigh_exact<D, N, MT, GUARDED, W>(acc, p, tile, bad, event);
   } else if constexpr (std::is_same_v<Kind, TFloat32>) {
-    weigh_tf32<D, N, MT, GUARDED>(acc, p, tile, bad, event);
+    weigh_tf32<D, N, MT, GUARDED, W>(acc, p, tile, bad, event);
   } else {
-    weigh_half<Kind, D, N, MT, GUARDED>(acc, p, tile, bad, event);
+    weigh_half<Kind, D, N, MT, GUARDED, W>(acc, p, tile, bad, event);
   }
 }
 

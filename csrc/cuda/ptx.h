@@ -76,6 +76,13 @@ __device__ __forceinline__ void cp_async(void* shared, const void* global, int b
                : "memory");
 }
 
+// 4 bytes likewise, or zeros.
+__device__ __forceinline__ void cp_async_word(void* shared, const void* global, bool read) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(read ? 4 : 0)
+               : "memory");
+}
+
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most `N` of this thread's last groups are under way.

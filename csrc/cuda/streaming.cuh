@@ -21,6 +21,7 @@ constexpr int kMostThreads = 128;
 constexpr int kChunkEvents = 1024;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
 // --- the jagged batch --------------------------------------------------------------------------------------
 
@@ -115,6 +116,37 @@ __device__ __forceinline__ void for_each_tile(const Set<T>& set, T* stages, int 
   __syncthreads();
 }
 
+// As `for_each_tile`, for rows that lie anywhere: runs `step(row, tile0, tile1)` over the tiles of rows
+// `first` (a multiple of N) to `last` of a set, of D0 and D1 columns; D1 = 0: of one tensor. While one is
+// worked on the next is loaded: `stages` holds two of each. `row_at(x, row)`: the row in tensor x, or null
+// for zeros. `load_more(row, to)` loads what belongs to the tile beside, MORE elements behind tile1.
+template <class T, int D0, int D1, int N, int MORE, class RowAt, class LoadMore, class Step>
+__device__ __forceinline__ void stream_tiles(T* stages, int first, int last, const int (&dim)[2],
+                                             bool vectors, const RowAt& row_at, const LoadMore& load_more,
+                                             const Step& step) {
+  constexpr int kSecond = kTile<T, D0, N>, kMore = kSecond + kTile<T, D1, N>, kStage = kMore + MORE;
+  const auto load = [&](int row, T* stage) {
+    const auto of = [&](int x) {
+      return [&, x](int n) -> const T* { return row + n < last ? row_at(x, row + n) : nullptr; };
+    };
+    load_tile<T, D0>(stage, N, dim[0], vectors, of(0));
+    if constexpr (D1 > 0) load_tile<T, D1>(stage + kSecond, N, dim[1], vectors, of(1));
+    load_more(row, stage + kMore);
+    ptx::cp_async_commit();
+  };
+  // One load more than steps, in one place of the code.
+  int now = 0;
+  for (int row = first - N; row < last; row += N, now ^= 1) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // the tile is there, and nobody reads the other one any more
+    if (row + N < last) load(row + N, stages + (now ^ 1) * kStage);
+    if (row < first) continue;
+    T* tile = stages + now * kStage;
+    step(row, tile, tile + kSecond);
+  }
+  __syncthreads();
+}
+
 // --- scores ------------------------------------------------------------------------------------------------
 
 // What turns products into scores in units of log2 (or others: the factor and the bias's unit say which):
@@ -135,8 +167,30 @@ struct Scoring {
   }
 };
 
+__device__ __forceinline__ Scoring scoring_of(const Attention& a, float factor, const History& history,
+                                              int head) {
+  Scoring scoring{factor,        factor <= 0.0f || a.key_bias, nullptr, a.bias_element, a.bias_row_stride,
+                  history.length};
+  if (a.key_bias) {
+    scoring.bias = static_cast<const char*>(a.key_bias) +
+                   (history.begin * a.bias_row_stride + head * a.bias_head_stride) *
+                       (a.bias_element == Element::kFloat32 ? 4 : 2);
+  }
+  return scoring;
+}
+
 // The event of column `c` of `s[j]`, counted in the tile.
 __device__ __forceinline__ int column_of(int j, int c) { return 8 * j + lane() % 4 * 2 + c % 2; }
+
+// function(x, j, c) for each number of 16 rows that a thread has.
+template <int NT, class Function>
+__device__ __forceinline__ void for_each_score(float (&x)[NT][4], const Function& function) {
+#pragma unroll
+  for (int j = 0; j < NT; j++) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) function(x[j][c], j, c);
+  }
+}
 
 // Products as scores; -inf where `event + column >= seen[row]` (`masked`: there may be such) or the bias is
 // -inf.

@@ -5,6 +5,7 @@
 #include "cuda/catalog_topk.h"
 #include "cuda/softmax_score.h"
 #include "cuda/target_attention.h"
+#include "cuda/target_attention_backward.h"
 #include "cuda/target_attention_top.h"
 #include "cuda/target_attention_weights.h"
 
@@ -64,6 +65,18 @@ extern "C" void plan_target_attention_weights(int element, int64_t dim, int64_t 
   const int64_t values[] = {of_rows.warps,       of_rows.pack,   of_rows.candidates, of_rows.tiles,
                             of_rows.head_tiles,  of_rows.chunks, of_rows.apart,      of_rows.shared_bytes,
                             of_rows.part_floats, plan.list_keys};
+  for (int64_t value : values) *out++ = value;
+}
+
+extern "C" void plan_target_attention_backward(int element, int64_t dim, int64_t heads, int64_t kv_heads,
+                                               int64_t users, int64_t rows, int64_t events, bool bias,
+                                               int64_t* out) {
+  const cuda::Attention a = attention(element, dim, heads, kv_heads, users, rows, events, bias);
+  const cuda::GradRowsPlan of_rows = cuda::plan_grad_rows(a);
+  const cuda::GradEventsPlan of_events = cuda::plan_grad_events(a);
+  const int64_t values[] = {of_rows.warps,      of_rows.pack,          of_rows.candidates, of_rows.tiles,
+                            of_rows.head_tiles, of_rows.shared_bytes,  of_events.warps,    of_events.events,
+                            of_events.tiles,    of_events.shared_bytes};
   for (int64_t value : values) *out++ = value;
 }
 

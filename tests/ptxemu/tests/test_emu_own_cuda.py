@@ -51,6 +51,7 @@ CASES = {  # name -> (makes a case, with what)
         attention, "target_attention_weights", {"dim": 32, "options": ["key_bias"], **ROWS}
     ),
     "target_attention_top": (attention, "target_attention_top", 10, {"dim": 32, **ROWS}),
+    "catalog_topk": (catalog, "catalog_topk", 5, {"rows": 3, "items": 2500, "dim": 32}),
     "catalog_cross_entropy": (catalog, "catalog_cross_entropy", "ids", {"rows": 80}),
     "catalog_cross_entropy_backward": (
         catalog, "catalog_cross_entropy", "ids", {"rows": 80, "differentiate": (0,)}
@@ -59,6 +60,7 @@ CASES = {  # name -> (makes a case, with what)
 OF_FORWARD = ("score_kernel", "normalize_kernel", "log_sum_kernel", "cross_entropy_loss_kernel")
 FAR = {case: {} for case in CASES if "," not in case}
 FAR |= {case: {"options": ()} for case in FAR if case.startswith("target_attention")}
+FAR["catalog_topk"] = {"items": 300}
 
 
 @pytest.fixture

@@ -47,6 +47,11 @@ CASES = {  # name -> (makes a case, with what)
     "softmax_score_backward, long, float32": (
         long_user, "softmax_score", {"differentiate": (0,), "dtype": torch.float32}
     ),
+    "target_attention_backward": (
+        attention,
+        "target_attention",
+        {"options": OPTIONS, "dim": 32, "kv_heads": 1, "differentiate": (0, 1), **ROWS},
+    ),
     "target_attention_weights": (
         attention, "target_attention_weights", {"dim": 32, "options": ["key_bias"], **ROWS}
     ),
@@ -57,7 +62,13 @@ CASES = {  # name -> (makes a case, with what)
         catalog, "catalog_cross_entropy", "ids", {"rows": 80, "differentiate": (0,)}
     ),
 }  # fmt: skip
-OF_FORWARD = ("score_kernel", "normalize_kernel", "log_sum_kernel", "cross_entropy_loss_kernel")
+OF_FORWARD = (
+    "target_attention_kernel",
+    "score_kernel",
+    "normalize_kernel",
+    "log_sum_kernel",
+    "cross_entropy_loss_kernel",
+)
 FAR = {case: {} for case in CASES if "," not in case}
 FAR |= {case: {"options": ()} for case in FAR if case.startswith("target_attention")}
 FAR["catalog_topk"] = {"items": 300}

@@ -118,9 +118,9 @@ RUNNERS = {
     runner.name: runner
     for runner in (
         Runner("native"),
-        Runner("interpreter", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=3),
-        Runner("emulator", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=3),
-        Runner("cuda-emulator", "cpu", "cuda", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=3),
+        Runner("interpreter", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=2),
+        Runner("emulator", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=2),
+        Runner("cuda-emulator", "cpu", "cuda", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=2),
         Runner("device", "cuda", os.environ.get("ATTNREC_BACKEND", "triton"), WITHOUT_DOUBLE, threads=(1, 2)),
     )
 }

@@ -120,7 +120,7 @@ RUNNERS = {
         Runner("native"),
         Runner("interpreter", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=2),
         Runner("emulator", "cpu", "triton", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=2),
-        Runner("cuda-emulator", "cpu", "cuda", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=2),
+        Runner("cuda-emulator", "cpu", "cuda", WITHOUT_DOUBLE, 2, (1,), 8, thin=True, most=1),
         Runner("device", "cuda", os.environ.get("ATTNREC_BACKEND", "triton"), WITHOUT_DOUBLE, threads=(1, 2)),
     )
 }

@@ -19,6 +19,15 @@ struct Attention {
   const void* key_bias = nullptr;  // [events, heads], or null
   Element bias_element = Element::kFloat32;
   int64_t bias_row_stride = 0, bias_head_stride = 0;
+
+  // From products to scores in units of log2.
+  float factor() const { return static_cast<float>(scale * 1.4426950408889634); }
+  // Heads of a group that share a tile of rows. With a bias a tile has one, so that an event's bias is one
+  // number.
+  int heads_together() const {
+    const int group = heads / kv_heads;
+    return key_bias || group > 16 ? 1 : group;
+  }
 };
 
 }  // namespace attnrec::cuda

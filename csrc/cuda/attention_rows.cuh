@@ -42,7 +42,7 @@ struct AttentionRows {
   int first_row;    // of the warp in the block
   int seen[1][2];   // events that rows g and g + 8 of the warp see
   int least, most;  // of that, over the block's rows
-  int64_t kv_head;
+  int kv_head;
   T *stages, *queries;
   Rows<Kind, D, 1, (D <= 128)> query;
   Set<T> set;
@@ -69,21 +69,9 @@ struct AttentionRows {
     stages = reinterpret_cast<T*>(memory);
     queries = stages + RowsMemory<Kind, D>::kStages;
 
-    least = most = history.length;
-    if (a.visible.data) {
-      int* bounds = reinterpret_cast<int*>(memory);  // not in use yet
-      if (threadIdx.x == 0) bounds[0] = history.length, bounds[1] = 0;
-      __syncthreads();
-      for (int r = threadIdx.x; r < 16 * warps; r += blockDim.x) {
-        if (!rows.valid(r)) continue;
-        const int n = seen_events(a, rows.candidate(r), history.length);
-        atomicMin(&bounds[0], n);
-        atomicMax(&bounds[1], n);
-      }
-      __syncthreads();
-      least = bounds[0], most = bounds[1];
-      __syncthreads();
-    }
+    int* bounds = reinterpret_cast<int*>(memory);  // not in use yet
+    bound_seen(a, rows, 16 * warps, history.length, bounds, least, most);
+    __syncthreads();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int r = row_of(h);
@@ -106,13 +94,7 @@ struct AttentionRows {
         {a.key.row_stride, 0},
         {a.head_dim, 0},
         p.key_vectors};
-    scoring = {p.factor,      p.factor <= 0.0f || a.key_bias, nullptr, a.bias_element, a.bias_row_stride,
-               history.length};
-    if (a.key_bias) {
-      scoring.bias = static_cast<const char*>(a.key_bias) +
-                     (history.begin * a.bias_row_stride + head * a.bias_head_stride) *
-                         (a.bias_element == Element::kFloat32 ? 4 : 2);
-    }
+    scoring = scoring_of(a, p.factor, history, head);
     return true;
   }
 
@@ -122,18 +104,10 @@ struct AttentionRows {
     if (!a.self_key.data || chunk > 0) return;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int r = row_of(h), t = lane() % 4;
-      float product = 0.0f;
-      if (rows.valid(r)) {
-        const T* q = queries + r * kStride<T, D>;
-        const T* k = static_cast<const T*>(a.self_key.data) + rows.candidate(r) * a.self_key.row_stride +
-                     kv_head * a.self_key.head_stride;
-        for (int d = t; d < a.head_dim; d += 4) product = fmaf(to_float(q[d]), to_float(k[d]), product);
-      }
-      const float m = of_row(product) * scoring.factor;
+      const float m = self_product<D>(a, rows, queries, row_of(h), kv_head) * scoring.factor;
       softmax.m[0][h] = m;
       const float one = ptx::exp2(m - m);  // or NaN, as of a NaN's softmax
-      softmax.l[0][h] = t == 0 ? one : 0.0f;
+      softmax.l[0][h] = lane() % 4 == 0 ? one : 0.0f;
     }
   }
 
@@ -184,14 +158,9 @@ __device__ __forceinline__ float2* part_of(float* parts, int chunk, int64_t rows
 
 // --- host --------------------------------------------------------------------------------------------------
 
-// Blocks at most, where each runs a chunk: more fill a chip without that.
-constexpr int64_t kMostApart = 2048;
-
 inline RowsPlan plan_rows(const Attention& a) {
   RowsPlan plan{};
-  const int group = a.heads / a.kv_heads;
-  // With a bias a tile has one head, so that an event's bias is one number.
-  plan.pack = a.key_bias || group > 16 ? 1 : group;
+  plan.pack = a.heads_together();
   // As few rows as a user has on average, so that small requests leave no warps idle.
   const int64_t rows = (a.rows * plan.pack + a.users - 1) / std::max<int64_t>(a.users, 1);
   const int most_warps = a.element == Element::kFloat32 && native_head_dim(a.head_dim) == 256 ? 2 : 4;
@@ -210,7 +179,7 @@ inline RowsPlan plan_rows(const Attention& a) {
 }
 
 inline RowsLaunch rows_launch(const Attention& a, const RowsPlan& plan, float* parts) {
-  return {static_cast<float>(a.scale * 1.4426950408889634),
+  return {a.factor(),
           plan.pack,
           plan.candidates,
           plan.apart,

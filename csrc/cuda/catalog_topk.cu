@@ -16,19 +16,6 @@ constexpr int64_t kMergedInShared = 8192;  // keys
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// function(Kind{}, integral_constant<int, D>{}). Scores are exact, so fp32 is never rounded to tf32.
-template <class Function>
-auto for_exact_kind_and_dim(Element element, int dim, const Function& function) {
-  switch (element) {
-    case Element::kBFloat16:
-      return for_dim<BFloat16>(dim, function);
-    case Element::kFloat16:
-      return for_dim<Float16>(dim, function);
-    default:
-      return for_dim<Float32>(dim, function);
-  }
-}
-
 CatalogTopkScratch divided(const CatalogTopk& c, const CatalogTopkPlan& plan, void* scratch) {
   CatalogTopkScratch s{};
   const int64_t of_parts = c.users * plan.parts, sampling = plan.sample_blocks > 0 ? c.users : 0;

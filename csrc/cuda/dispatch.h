@@ -29,17 +29,24 @@ auto for_dim(int dim, const Function& function) {
   }
 }
 
-// function(Kind{}, integral_constant<int, D>{})
+// function(Kind{}, integral_constant<int, D>{}), fp32 exact.
 template <class Function>
-auto for_kind_and_dim(Element element, bool tf32, int dim, const Function& function) {
+auto for_exact_kind_and_dim(Element element, int dim, const Function& function) {
   switch (element) {
     case Element::kBFloat16:
       return for_dim<BFloat16>(dim, function);
     case Element::kFloat16:
       return for_dim<Float16>(dim, function);
     default:
-      return tf32 ? for_dim<TFloat32>(dim, function) : for_dim<Float32>(dim, function);
+      return for_dim<Float32>(dim, function);
   }
+}
+
+// Likewise, fp32 rounded to tf32 where that is allowed.
+template <class Function>
+auto for_kind_and_dim(Element element, bool tf32, int dim, const Function& function) {
+  if (tf32 && element == Element::kFloat32) return for_dim<TFloat32>(dim, function);
+  return for_exact_kind_and_dim(element, dim, function);
 }
 
 template <class... Parameters, class... Arguments>

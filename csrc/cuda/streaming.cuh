@@ -19,6 +19,9 @@ constexpr int kMostThreads = 128;
 // Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are
 // merged in order, by the same arithmetic whether one block runs all of them or a block each.
 constexpr int kChunkEvents = 1024;
+// Blocks at most, where each runs a chunk: more fill a chip without that, and their parts wait in memory (of
+// 64 rows with 130 floats each 70 MB).
+constexpr int64_t kMostApart = 2048;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
@@ -51,6 +54,24 @@ struct RowTile {
 __device__ __forceinline__ int seen_events(const Attention& a, int64_t candidate, int length) {
   if (!a.visible.data) return length;
   return static_cast<int>(min(max(a.visible[candidate], int64_t{0}), static_cast<int64_t>(length)));
+}
+
+// The fewest and the most events that a block's first `count` rows see; `bounds`: two numbers in shared
+// memory.
+__device__ __forceinline__ void bound_seen(const Attention& a, const RowTile& rows, int count, int length,
+                                           int* bounds, int& least, int& most) {
+  least = most = length;
+  if (!a.visible.data) return;
+  if (threadIdx.x == 0) bounds[0] = length, bounds[1] = 0;
+  __syncthreads();
+  for (int r = threadIdx.x; r < count; r += blockDim.x) {
+    if (!rows.valid(r)) continue;
+    const int n = seen_events(a, rows.candidate(r), length);
+    atomicMin(&bounds[0], n);
+    atomicMax(&bounds[1], n);
+  }
+  __syncthreads();
+  least = bounds[0], most = bounds[1];
 }
 
 // --- loads -------------------------------------------------------------------------------------------------
@@ -87,39 +108,10 @@ struct Set {
 template <class T, int D, int N>
 constexpr int kTile = D > 0 ? N * kStride<T, D> : 0;
 
-// Runs `step(event, tile0, tile1)` over the tiles of events `first` (a multiple of N) to `last`, D0 and D1
-// wide; D1 = 0: of one tensor. While one is worked on the next is loaded: `stages` holds two of each.
-// `shown(event, x)`: false keeps row `event` of tensor x out, as zeros.
-template <class T, int D0, int D1, int N, class Shown, class Step>
-__device__ __forceinline__ void for_each_tile(const Set<T>& set, T* stages, int first, int last,
-                                              const Shown& shown, const Step& step) {
-  constexpr int kStage = kTile<T, D0, N> + kTile<T, D1, N>;
-  const auto load = [&](int event, T* stage) {
-    const auto row_at = [&](int x) {
-      return [&, x](int n) -> const T* {
-        return event + n < last && shown(event + n, x) ? set.rows[x] + (event + n) * set.stride[x] : nullptr;
-      };
-    };
-    load_tile<T, D0>(stage, N, set.dim[0], set.vectors, row_at(0));
-    if constexpr (D1 > 0) load_tile<T, D1>(stage + kTile<T, D0, N>, N, set.dim[1], set.vectors, row_at(1));
-    ptx::cp_async_commit();
-  };
-  if (first < last) load(first, stages);
-  int now = 0;
-  for (int event = first; event < last; event += N, now ^= 1) {
-    ptx::cp_async_wait<0>();
-    __syncthreads();  // the tile is there, and nobody reads the other one any more
-    if (event + N < last) load(event + N, stages + (now ^ 1) * kStage);
-    const T* tile = stages + now * kStage;
-    step(event, tile, tile + kTile<T, D0, N>);
-  }
-  __syncthreads();
-}
-
-// As `for_each_tile`, for rows that lie anywhere: runs `step(row, tile0, tile1)` over the tiles of rows
-// `first` (a multiple of N) to `last` of a set, of D0 and D1 columns; D1 = 0: of one tensor. While one is
-// worked on the next is loaded: `stages` holds two of each. `row_at(x, row)`: the row in tensor x, or null
-// for zeros. `load_more(row, to)` loads what belongs to the tile beside, MORE elements behind tile1.
+// Runs `step(row, tile0, tile1)` over the tiles of rows `first` (a multiple of N) to `last`, D0 and D1 wide;
+// D1 = 0: of one tensor. While one is worked on the next is loaded: `stages` holds two of each.
+// `row_at(x, row)`: the row in tensor x, or null for zeros. `load_more(row, to)` loads what belongs to the
+// tile beside, MORE elements behind tile1.
 template <class T, int D0, int D1, int N, int MORE, class RowAt, class LoadMore, class Step>
 __device__ __forceinline__ void stream_tiles(T* stages, int first, int last, const int (&dim)[2],
                                              bool vectors, const RowAt& row_at, const LoadMore& load_more,
@@ -145,6 +137,18 @@ __device__ __forceinline__ void stream_tiles(T* stages, int first, int last, con
     step(row, tile, tile + kSecond);
   }
   __syncthreads();
+}
+
+// The same over rows of a set, events. `shown(event, x)`: false keeps row `event` of tensor x out, as zeros.
+template <class T, int D0, int D1, int N, class Shown, class Step>
+__device__ __forceinline__ void for_each_tile(const Set<T>& set, T* stages, int first, int last,
+                                              const Shown& shown, const Step& step) {
+  stream_tiles<T, D0, D1, N, 0>(
+      stages, first, last, set.dim, set.vectors,
+      [&](int x, int event) -> const T* {
+        return shown(event, x) ? set.rows[x] + event * set.stride[x] : nullptr;
+      },
+      [](int, T*) {}, step);
 }
 
 // --- scores ------------------------------------------------------------------------------------------------
@@ -243,6 +247,20 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Scoring
 template <class Operation = Sum>
 __device__ __forceinline__ float of_row(float x, Operation operation = {}) {
   return over_lanes(x, operation, 4);
+}
+
+// The query of row r, in shared memory, times its candidate's own slot: the same number in the row's threads.
+template <int D, class T>
+__device__ __forceinline__ float self_product(const Attention& a, const RowTile& rows, const T* queries,
+                                              int r, int kv_head) {
+  float product = 0.0f;
+  if (rows.valid(r)) {
+    const T* q = queries + r * kStride<T, D>;
+    const T* k = static_cast<const T*>(a.self_key.data) + rows.candidate(r) * a.self_key.row_stride +
+                 kv_head * a.self_key.head_stride;
+    for (int d = lane() % 4; d < a.head_dim; d += 4) product = fmaf(to_float(q[d]), to_float(k[d]), product);
+  }
+  return of_row(product);
 }
 
 // How far, in units of log2, a score may lie above a row's base before the base moves: weights up to 2^8 are

@@ -6,18 +6,10 @@
 #include "cuda/dispatch.h"
 
 namespace attnrec::cuda {
-namespace {
-
-// Blocks whose parts may wait in memory at once: 64 x 130 floats each make 70 MB.
-constexpr int64_t kMostParts = 2048;
-
-}  // namespace
 
 AttentionPlan plan_target_attention(const Attention& a) {
   AttentionPlan plan{};
-  const int group = a.heads / a.kv_heads;
-  // With a bias a tile has one head, so that an event's bias is one number.
-  plan.pack = a.key_bias || group > 16 ? 1 : group;
+  plan.pack = a.heads_together();
   // As few rows as a user has on average, so that small requests leave no warps idle; no more than pay.
   const int64_t rows = (a.rows * plan.pack + a.users - 1) / std::max<int64_t>(a.users, 1);
   const int native = native_head_dim(a.head_dim);
@@ -30,7 +22,7 @@ AttentionPlan plan_target_attention(const Attention& a) {
   plan.tiles = count_tiles(a.users, a.rows, plan.candidates);
   plan.head_tiles = a.heads / plan.pack;
   plan.chunks = std::max(1, static_cast<int>((a.events + kChunkEvents - 1) / kChunkEvents));
-  plan.apart = plan.chunks > 1 && plan.tiles * plan.head_tiles * plan.chunks <= kMostParts;
+  plan.apart = plan.chunks > 1 && plan.tiles * plan.head_tiles * plan.chunks <= kMostApart;
   plan.part_floats = plan.apart ? plan.chunks * a.rows * a.heads * (native + 2) : 0;
   for_kind_and_dim(a.element, a.tf32, a.head_dim, [&](auto kind, auto dim) {
     using Kind = decltype(kind);
@@ -45,7 +37,7 @@ AttentionPlan plan_target_attention(const Attention& a) {
 cudaError_t launch_target_attention(const Attention& a, const AttentionPlan& plan, void* out, float* lse,
                                     float* parts, cudaStream_t stream) {
   if (a.rows == 0 || a.users == 0) return cudaSuccess;
-  const AttentionLaunch launch{static_cast<float>(a.scale * 1.4426950408889634),
+  const AttentionLaunch launch{a.factor(),
                                plan.pack,
                                plan.candidates,
                                plan.apart,

@@ -140,20 +140,9 @@ __global__ __launch_bounds__(kMostThreads, 1) void target_attention_kernel(const
   float* parked = reinterpret_cast<float*>(bad_events + kKinds * V) + threadIdx.x;
 
   // How many events each row sees, and the bounds of that over the block's rows.
-  int seen[MT][2], least = history.length, most = history.length;
-  if (a.visible.data) {
-    int* bounds = bad_events;  // not in use yet
-    if (threadIdx.x == 0) bounds[0] = history.length, bounds[1] = 0;
-    __syncthreads();
-    for (int r = threadIdx.x; r < 16 * MT * warps; r += blockDim.x) {
-      if (!rows.valid(r)) continue;
-      const int n = seen_events(a, rows.candidate(r), history.length);
-      atomicMin(&bounds[0], n);
-      atomicMax(&bounds[1], n);
-    }
-    __syncthreads();
-    least = bounds[0], most = bounds[1];
-  }
+  int seen[MT][2], least, most;
+  int* bounds = bad_events;  // not in use yet
+  bound_seen(a, rows, 16 * MT * warps, history.length, bounds, least, most);
 #pragma unroll
   for (int i = 0; i < MT; i++) {
 #pragma unroll
@@ -188,13 +177,7 @@ __global__ __launch_bounds__(kMostThreads, 1) void target_attention_kernel(const
       {a.key.row_stride, a.value.row_stride},
       {a.head_dim, dim},
       p.set_vectors};
-  Scoring scoring{p.factor,      p.factor <= 0.0f || a.key_bias, nullptr, a.bias_element, a.bias_row_stride,
-                  history.length};
-  if (a.key_bias) {
-    scoring.bias = static_cast<const char*>(a.key_bias) +
-                   (history.begin * a.bias_row_stride + head * a.bias_head_stride) *
-                       (a.bias_element == Element::kFloat32 ? 4 : 2);
-  }
+  const Scoring scoring = scoring_of(a, p.factor, history, head);
   const bool some_hidden = a.visible.data || a.key_bias;
 
   AttentionSums<V, MT> sums;
@@ -207,12 +190,7 @@ __global__ __launch_bounds__(kMostThreads, 1) void target_attention_kernel(const
 #pragma unroll
       for (int h = 0; h < 2; h++) {
         const int r = row_of(i, h), t = lane() % 4;
-        float product = 0.0f;
-        if (rows.valid(r)) {
-          const T *q = queries + r * kStride<T, D>, *k = row_at(a.self_key, r, kv_head);
-          for (int d = t; d < a.head_dim; d += 4) product = fmaf(to_float(q[d]), to_float(k[d]), product);
-        }
-        sums.softmax.m[i][h] = of_row(product) * p.factor;
+        sums.softmax.m[i][h] = self_product<D>(a, rows, queries, r, kv_head) * p.factor;
         if (!rows.valid(r)) continue;
         const float one =
             ptx::exp2(sums.softmax.m[i][h] - sums.softmax.m[i][h]);  // or NaN, as of a NaN's softmax

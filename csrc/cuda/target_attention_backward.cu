@@ -7,9 +7,7 @@ namespace attnrec::cuda {
 
 GradRowsPlan plan_grad_rows(const Attention& a) {
   GradRowsPlan plan{};
-  const int group = a.heads / a.kv_heads;
-  // With a bias a tile has one head, so that an event's bias is one number.
-  plan.pack = a.key_bias || group > 16 ? 1 : group;
+  plan.pack = a.heads_together();
   const int64_t rows = (a.rows * plan.pack + a.users - 1) / std::max<int64_t>(a.users, 1);
   const int blocks = row_blocks(rows, a.head_dim, a.element);
   plan.candidates = 16 * blocks / plan.pack;

@@ -48,7 +48,7 @@ struct AttentionGradientLaunch {
 };
 
 inline AttentionGradientLaunch gradient_launch(const Attention& a, const AttentionGradient& g) {
-  return {static_cast<float>(a.scale * 1.4426950408889634),
+  return {a.factor(),
           static_cast<float>(a.scale),
           begin_aligned(a.query, a.element) && begin_aligned(g.grad_out, a.element),
           begin_aligned(a.key, a.element) && begin_aligned(a.value, a.element),

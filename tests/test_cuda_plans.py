@@ -57,6 +57,24 @@ ATTENTIONS = (
 )
 
 
+def attention_plan(function, plan, **more):
+    """Asks for a plan of one of the target_attention ops; `more`: what it takes besides, by default."""
+
+    def call(element, dim, heads, kv_heads, users, rows, events, bias=False, **given):
+        out = (ctypes.c_int64 * len(plan._fields))()
+        numbers = map(ctypes.c_int64, (dim, heads, kv_heads, users, rows, events))
+        function(element, *numbers, ctypes.c_bool(bias), *map(ctypes.c_int64, (more | given).values()), out)
+        return plan(*out)
+
+    return call
+
+
+def assert_heads_share_tiles(plan, heads, group, bias):
+    assert plan.pack * plan.head_tiles == heads
+    assert group % plan.pack == 0  # a tile's heads share a kv head
+    assert plan.pack == 1 or not bias
+
+
 @pytest.fixture
 def softmax_score(plans):
     def plan(element, dim, users, items, stride=None, address=0, backward=False):
@@ -105,13 +123,7 @@ class TestSoftmaxScore:
 class TestTargetAttention:
     @pytest.fixture
     def plan(self, plans):
-        def call(element, dim, heads, kv_heads, users, rows, events, bias=False):
-            out = (ctypes.c_int64 * len(AttentionPlan._fields))()
-            numbers = map(ctypes.c_int64, (dim, heads, kv_heads, users, rows, events))
-            plans.plan_target_attention(element, *numbers, ctypes.c_bool(bias), out)
-            return AttentionPlan(*out)
-
-        return call
+        return attention_plan(plans.plan_target_attention, AttentionPlan)
 
     @given(*ATTENTIONS)
     def test_fits_the_chip_and_covers_the_batch(
@@ -121,9 +133,7 @@ class TestTargetAttention:
         p = plan(element, dim, heads, kv_heads, users, rows, events, bias)
         assert p.warps in (1, 2, 4)
         assert p.shared_bytes <= 163 * 1024  # an A100's block
-        assert p.pack * p.head_tiles == heads
-        assert group % p.pack == 0  # a tile's heads share a kv head
-        assert p.pack == 1 or not bias
+        assert_heads_share_tiles(p, heads, group, bias)
         assert p.candidates * p.pack <= 16 * p.row_blocks * p.warps
         assert p.tiles >= -(-rows // p.candidates) + users
         assert p.chunks * CHUNK >= events
@@ -146,27 +156,17 @@ class TestTargetAttention:
 class TestTargetAttentionWeights:
     @pytest.fixture
     def plan(self, plans):
-        def call(element, dim, heads, kv_heads, users, rows, events, bias=False, top=-1):
-            out = (ctypes.c_int64 * len(RowsPlan._fields))()
-            numbers = map(ctypes.c_int64, (dim, heads, kv_heads, users, rows, events))
-            plans.plan_target_attention_weights(
-                element, *numbers, ctypes.c_bool(bias), ctypes.c_int64(top), out
-            )
-            return RowsPlan(*out)
-
-        return call
+        return attention_plan(plans.plan_target_attention_weights, RowsPlan, top=-1)
 
     @given(*ATTENTIONS, st.integers(-1, 10**4))
     def test_fits_the_chip_and_covers_the_batch(
         self, plan, element, dim, group, kv_heads, users, rows, events, bias, top
     ):
         heads = group * kv_heads
-        p = plan(element, dim, heads, kv_heads, users, rows, events, bias, top)
+        p = plan(element, dim, heads, kv_heads, users, rows, events, bias, top=top)
         assert p.warps in (1, 2, 4)
         assert p.shared_bytes <= 99 * 1024  # the smallest of sm_80 and later
-        assert p.pack * p.head_tiles == heads
-        assert group % p.pack == 0  # a tile's heads share a kv head
-        assert p.pack == 1 or not bias
+        assert_heads_share_tiles(p, heads, group, bias)
         assert p.candidates * p.pack <= 16 * p.warps
         assert p.tiles >= -(-rows // p.candidates) + users
         assert p.chunks * CHUNK >= events
@@ -189,13 +189,7 @@ class TestTargetAttentionWeights:
 class TestTargetAttentionBackward:
     @pytest.fixture
     def plan(self, plans):
-        def call(element, dim, heads, kv_heads, users, rows, events, bias=False):
-            out = (ctypes.c_int64 * len(BackwardPlan._fields))()
-            numbers = map(ctypes.c_int64, (dim, heads, kv_heads, users, rows, events))
-            plans.plan_target_attention_backward(element, *numbers, ctypes.c_bool(bias), out)
-            return BackwardPlan(*out)
-
-        return call
+        return attention_plan(plans.plan_target_attention_backward, BackwardPlan)
 
     @given(*ATTENTIONS)
     def test_fits_the_chip_and_covers_the_batch(
@@ -206,9 +200,7 @@ class TestTargetAttentionBackward:
         assert 1 <= p.row_warps <= 4
         assert 1 <= p.event_warps <= 4
         assert max(p.row_bytes, p.event_bytes) <= 99 * 1024  # a block of the smallest chip from sm_80 on
-        assert p.pack * p.head_tiles == heads
-        assert group % p.pack == 0  # a tile's heads share a kv head
-        assert p.pack == 1 or not bias
+        assert_heads_share_tiles(p, heads, group, bias)
         assert 1 <= p.candidates * p.pack <= 16 * p.row_warps
         assert p.events <= 16 * p.event_warps
         assert p.row_tiles >= -(-rows // p.candidates) + users

@@ -63,9 +63,9 @@ struct Weights {
   void begin(const Unit& part, int64_t row, int64_t event) {
     part_row = row;
     for (int r = 0; r < unit.rows; r++) {
+      if (seen_events(a, part, r) >= event + kKeys) continue;
       Real* to = tiles + (row + r) * kKeys;
-      for (int i = 0; seen_events(a, part, r) < event + kKeys && i < kKeys; i += V::kWidth)
-        V::store(to + i, V::zero());
+      for (int i = 0; i < kKeys; i += V::kWidth) V::store(to + i, V::zero());
     }
   }
   void pack(int64_t, int, const Real*) {}

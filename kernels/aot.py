@@ -1,6 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU, and says what came out.
 
     python -m attnrec.kernels.aot [--arch 80 90 100] [--json FILE] [--subset [riskiest]] [--op NAME ...]
+    python -m attnrec.kernels.aot --journal FILE     the whole set: hours, and goes on where it was stopped
 
 The project's own host code is run on small CPU tensors under a stand-in driver, for each op over dtypes, head
 dims and the options that change the code, so that what is compiled is what a GPU would run, with the launch
@@ -20,6 +21,7 @@ error.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -30,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +43,7 @@ import triton
 
 from . import MODULES, kernel
 from .aot_cases import DTYPES, HEAD_DIMS, OPS, Case, covering, riskiest, whole
-from .launch import REGISTERS
+from .launch import REGISTERS, table_path
 from .standin import MAX_SHARED_BYTES, Launched, stand_in
 
 Row = dict[str, Any]
@@ -177,15 +180,54 @@ def tasks(archs: list[int], ops: list[str], subset: str | None = None) -> list[T
     return chosen
 
 
-def compile_all(todo: list[Task], jobs: int, progress: Callable[[int, int], None]) -> list[Row]:
-    """Rows of all cases, each compiled kernel once, in the order of the tasks."""
+def compile_all(
+    todo: list[Task], jobs: int, progress: Callable[[int, int], None], journal: Path | None = None
+) -> list[Row]:
+    """Rows of all cases, each compiled kernel once, in the order of the tasks. What `journal` has is not
+    compiled again, and the other cases are added to it one by one."""
+    known = journalled(journal) if journal else {}
+    missing = [task for task in todo if _key(task) not in known]
+    with ExitStack() as stack:
+        log = stack.enter_context(journal.open("a")) if journal else None
+        if log:
+            print(file=log)  # ends the line that a stopped run may have left
+        pool = stack.enter_context(ProcessPoolExecutor(jobs, mp_context=get_context("spawn")))
+        for n, (task, found) in enumerate(zip(missing, pool.map(compile_case, missing), strict=True), 1):
+            known[_key(task)] = found
+            if log:
+                entry = {"task": task, "sources": sources(task[0]), "rows": found}
+                print(json.dumps(entry), file=log, flush=True)
+            progress(len(todo) - len(missing) + n, len(todo))
     rows: dict[Any, Row] = {}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for done, found in enumerate(pool.map(compile_case, todo), 1):
-            for row in found:
-                rows.setdefault(row.get("hash", id(row)), row)
-            progress(done, len(todo))
+    for row in (row for task in todo for row in known[_key(task)]):
+        rows.setdefault(row.get("hash", id(row)), row)
     return list(rows.values())
+
+
+def journalled(journal: Path) -> dict[str, list[Row]]:
+    """The rows of each task that a journal has; not of those compiled from other sources."""
+    found = {}
+    for line in journal.read_text().splitlines() if journal.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the run was stopped while it wrote
+            continue
+        if entry["sources"] == sources(entry["task"][0]):
+            found[_key(entry["task"])] = entry["rows"]
+    return found
+
+
+def _key(task: Task) -> str:
+    return json.dumps(task)
+
+
+@cache
+def sources(arch: int) -> str:
+    """A hash of what a case's rows come from: Triton, the files of kernels/ and the architecture's table."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), table_path(arch)]
+    return hashlib.sha256(
+        b"\0".join([triton.__version__.encode(), *(f.read_bytes() for f in files)])
+    ).hexdigest()
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -262,6 +304,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--head-dim", type=int, nargs="+", choices=HEAD_DIMS, help="only cases of these")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="only cases of these")
     parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument(
+        "--journal",
+        type=Path,
+        help="keep each case's rows there, and go on from what it has of these sources",
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     arguments = parser.parse_args(argv)
     todo = [
@@ -270,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         if case["head_dim"] in (arguments.head_dim or HEAD_DIMS)
         and case["dtype"] in (arguments.dtype or DTYPES)
     ]
-    rows = compile_all(todo, arguments.jobs, _progress())
+    rows = compile_all(todo, arguments.jobs, _progress(), arguments.journal)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     print("\n".join(summary(rows)))

@@ -165,7 +165,7 @@ def test_the_command_fails_on_an_offender(monkeypatch, tmp_path, capsys):
     good = compiled(80, torch.bfloat16)
     file = tmp_path / "rows.json"
     for rows, code in (([good], 0), ([good, good | {"spills": 12, "hash": "other"}], 1)):
-        monkeypatch.setattr(aot, "compile_all", lambda todo, jobs, progress, rows=rows: rows)
+        monkeypatch.setattr(aot, "compile_all", lambda todo, jobs, progress, journal, rows=rows: rows)
         assert aot.main(["--arch", "80", "--subset", "--json", str(file)]) == code
         assert ("spills 12 bytes" in capsys.readouterr().out) == bool(code)
     assert '"spills": 12' in file.read_text()
@@ -192,13 +192,65 @@ def test_the_command_fails_on_a_tile_that_spills(capsys):
     assert "1 of" not in capsys.readouterr().out
 
 
+def test_a_journal_goes_on_where_a_run_was_stopped(monkeypatch, tmp_path):
+    """What is in it is not compiled again, unless it was compiled from other sources."""
+    journal, compiled_now = tmp_path / "journal", []
+    todo = aot.tasks([80], ["softmax_score"], subset="riskiest")
+
+    class Here:
+        """A pool of this process, stopped at the third case."""
+
+        def __init__(self, *arguments, **keywords):
+            pass
+
+        __enter__, __exit__ = lambda self: self, lambda self, *error: None
+
+        def map(self, function, tasks):
+            for task in tasks:
+                if len(compiled_now) == 2:
+                    raise KeyboardInterrupt
+                compiled_now.append(task)
+                yield [{"hash": str(task)}, {"hash": "of all"}]
+
+    monkeypatch.setattr(aot, "ProcessPoolExecutor", Here)
+    with pytest.raises(KeyboardInterrupt):
+        aot.compile_all(todo, 1, lambda done, total: None, journal)
+    with journal.open("a") as file:
+        file.write('{"task": [80, "softm')  # as a run leaves it that is ended while it writes
+    assert compiled_now == todo[:2]
+
+    compiled_now.clear()
+    steps = []
+    rows = aot.compile_all(todo[:3], 1, lambda *step: steps.append(step), journal)
+    assert compiled_now == todo[2:3]
+    assert steps == [(3, 3)]
+    assert [row["hash"] for row in rows] == [str(todo[0]), "of all", *map(str, todo[1:3])]
+
+    compiled_now.clear()
+    assert aot.compile_all(todo[:3], 1, lambda *step: None, journal) == rows
+    assert not compiled_now
+    monkeypatch.setattr(aot, "sources", lambda arch: "others")
+    aot.compile_all(todo[:2], 1, lambda *step: None, journal)
+    assert compiled_now == todo[:2]
+
+
+def test_the_sources_of_an_architecture_are_its_table_too(monkeypatch, tmp_path):
+    before = {arch: aot.sources(arch) for arch in (80, 90)}
+    assert before[80] != before[90]
+    monkeypatch.setattr(aot, "table_path", lambda arch: tmp_path / "table")
+    aot.sources.cache_clear()
+    (tmp_path / "table").write_text("{}")
+    assert aot.sources(80) == aot.sources(90) not in before.values()
+    aot.sources.cache_clear()
+
+
 def run_here(command):
     """`aot.main` with the cases compiled in this process, which knows what is forced."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             aot,
             "compile_all",
-            lambda todo, jobs, progress: [row for t in todo for row in aot.compile_case(t)],
+            lambda todo, jobs, progress, journal: [row for t in todo for row in aot.compile_case(t)],
         )
         return aot.main(command)
 

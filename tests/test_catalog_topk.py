@@ -432,6 +432,22 @@ def test_a_sample_gives_the_best_of_its_groups(names, dtype, blocks, monkeypatch
 
 
 @of_triton
+@pytest.mark.parametrize("names", [(), ("exclude", "bias")], ids=str)
+def test_several_tiles_to_a_part(names, monkeypatch):
+    """As large catalogues have: what was summed before is scaled where a higher score comes, whole tiles are
+    hidden, and most of what reaches the floor of a sample without the best comes late."""
+    from attnrec.kernels import catalog_topk as module
+
+    monkeypatch.setattr(module, "BLOCKS", 2)
+    users, catalog = integers(7, 8, largest=2), integers(1000, 8, seed=1, largest=2)
+    catalog[900:] += 1
+    options = options_for(names, 7, 1000)
+    if "bias" in names:
+        options["bias"][:300] = -INF
+    check_exactly(users, catalog, 20, temperature=5.0, **options)
+
+
+@of_triton
 def test_a_floor_of_any_number_of_groups():
     from attnrec.kernels import catalog_topk as module
     from attnrec.kernels.launch import most_registers

@@ -56,12 +56,21 @@ def test_sizes_around_tiles_and_chunks(count):
     check(users, items, offsets, bias=bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_users_and_chunks(dtype):
+    """Around a chunk of the GPU kernels, and more users than their search looks at at a time."""
+    users, items, offsets, bias = make(
+        [300, 5, 0, 1023, 1024, 1025, 17, 2100, *[3, 0, 1] * 42], 24, dtype, torch.float32
+    )
+    check(users, items, offsets, bias=bias, temperature=0.7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_beyond_a_users_items_counts(dtype):
     """Logits far below 0, which is that of a row of zeros, with which nothing else would count."""
     users, items, offsets, _ = make(range(1, 73), 16, dtype)
     users[:, 0], items[:, 0] = 6, -6
-    check(users, items, offsets)
+    check(users, items, offsets, temperature=1.5)
 
 
 @given(
@@ -157,6 +166,23 @@ def test_equal_logits_are_equally_likely():
     assert torch.equal(scores, torch.full((7,), 1 / 7))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_probabilities_and_gradients_of_exactly_1(dtype):
+    """Where only a 0 is passed over: an item alone, and two alike whose logits' gradients are 1 and -1."""
+    users, items, offsets, _ = make([1, 2], 16, dtype)
+    items[2] = items[1]
+    leaves = [x.requires_grad_() for x in (users, items)]
+    scores = attnrec.softmax_score(users, items, offsets)
+    grads = torch.autograd.grad(scores, leaves, torch.tensor([3.0, 4.0, 0.0], dtype=dtype))
+    assert torch.equal(grads[0], torch.zeros_like(users))
+    assert torch.equal(grads[1], torch.stack([torch.zeros_like(users[0]), users[1], -users[1]]))
+
+
+def test_more_chunks_than_a_block_sums_at_a_time():
+    users, items, offsets, _ = make([40, 8200], 256)
+    check(users, items, offsets)
+
+
 LAYOUTS = {
     "transposed": lambda x: x.t().contiguous().t(),
     "rows of a wider tensor": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
@@ -172,7 +198,7 @@ def test_any_strides(layout):
     change = LAYOUTS[layout]
     bias = bias.repeat_interleave(3)[::3]
     assert torch.equal(attnrec.softmax_score(change(users), change(items), offsets, bias=bias), expected)
-    check(change(users), change(items), offsets, bias=bias)
+    check(change(users), change(items), offsets, bias=bias, temperature=0.7)
 
 
 def test_one_item_expanded_to_all():

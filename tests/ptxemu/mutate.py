@@ -7,9 +7,11 @@ Files of tests go one after the other; the default is all that test a Triton ker
 once as they are; of every kernel it is noted which compiled form (PTX) which test launches, which lines of it
 run, and which bits it writes. Then faults are planted in lines that run. For each the launches of its form
 are repeated, those of quick tests first; where one writes other bits, its test runs with the fault, until one
-fails. A survivor is listed with whether it wrote other bits. One that no input could tell from the kernel is
-put on the list in equivalent.json, with the reason; every other one is a gap in the tests. Exits with 1 where
-a survivor is not on the list.
+fails. What the tests of that form do not notice is planted at the same place of other forms ("elsewhere": a
+fault of the source is noticed, one of the compiler's in that form would not be). A survivor is listed with
+whether it wrote other bits. One that no input could tell from the kernel is put on the list in
+equivalent.json, with the reason; every other one is a gap in the tests. Exits with 1 where a survivor is not
+on the list.
 """
 
 import argparse
@@ -141,6 +143,7 @@ class Only:
 
 
 MOST_STEPS = 300_000
+OTHER_FORMS = 4  # in which a fault that is not noticed in one is planted
 
 
 def run(arguments, plugin, observe=None, edit=None):
@@ -205,27 +208,50 @@ def judge(mutant, form, arguments, tests, observer, limit):
     return in_child(attempt, limit) or "no end"
 
 
-def choose(observer, using, skip, forms, count, seed):
-    """`count` mutants of each kernel but those to skip, in lines that run, the kinds in turn, in the `forms`
-    forms of it that most tests launch: what one test launches may be there to be held against itself only."""
-    by_kernel = defaultdict(lambda: {kind: [] for kind in KINDS})
-    taken = Counter()
-    for form, (kernel, ptx) in sorted(observer.forms.items(), key=lambda x: (-len(using[x[0]]), x[0])):
-        if kernel in skip or taken[kernel] == forms:
-            continue
-        taken[kernel] += 1
-        for mutant in mutants(ptx, kernel.partition(": ")[2]):
-            if mutant.line in observer.lines[form]:
-                by_kernel[kernel][mutant.kind].append((form, kernel, mutant))
-    for kernel, kinds in sorted(by_kernel.items()):
-        print(f"{kernel}: {sum(map(len, kinds.values()))} mutants in lines that run", flush=True)
+def by_use(observer, using):
+    """{kernel: its forms, first those that most tests launch}, all cases of a test being one: what one test
+    launches may be there to be held against itself only, or to give zeros."""
+    launched_by = {form: len({test.partition("[")[0] for test in tests}) for form, tests in using.items()}
+    found = defaultdict(list)
+    for form in sorted(launched_by, key=lambda form: (-launched_by[form], form)):
+        found[observer.forms[form][0]].append(form)
+    return found
+
+
+def choose(observer, forms, count, seed):
+    """`count` mutants of each kernel in lines that run, the kinds in turn, in these forms of it."""
+    for kernel in sorted(forms):
+        kinds = {kind: [] for kind in KINDS}
+        for form in forms[kernel]:
+            for mutant in mutants(observer.forms[form][1], kernel.partition(": ")[2]):
+                kinds[mutant.kind].append((form, kernel, mutant))
         rng = random.Random(f"{seed} {kernel}")
-        for found in kinds.values():
-            rng.shuffle(found)
+        for kind, found in kinds.items():
+            rng.shuffle(found)  # first, so that a test that runs more leaves the order as it is
+            kinds[kind] = [x for x in found if x[2].line in observer.lines[x[0]]]
+        print(f"{kernel}: {sum(map(len, kinds.values()))} mutants in lines that run", flush=True)
         chosen = []
         while len(chosen) < count and any(kinds.values()):
-            chosen += [found.pop() for found in kinds.values() if found]
+            chosen += [found.pop(0) for found in kinds.values() if found]
         yield from chosen[:count]
+
+
+def at_the_same_place(what, observer, form):
+    """The first mutant in lines of a form that run that is like this one, whatever its numbers are."""
+
+    def general(x):
+        return x["kind"], x["source"], re.sub(r"(?<![\w.])\d+|(?<=_param_)\d+", "", x["instruction"])
+
+    kernel, ptx = observer.forms[form]
+    for mutant in mutants(ptx, kernel.partition(": ")[2]):
+        if (
+            mutant.kind == what["kind"]
+            and mutant.line in observer.lines[form]
+            and what["instruction"].split()[0] in mutant.old.split()[:1]  # what comes next takes longer
+            and general(identity(kernel, ptx, mutant)) == general(what)
+        ):
+            return mutant
+    return None
 
 
 def mutate(arguments, options, results):
@@ -240,15 +266,29 @@ def mutate(arguments, options, results):
     for test in sorted(observer.launches, key=observer.seconds.get):
         for form in dict.fromkeys(form for form, *_ in observer.launches[test]):
             using[form].append(test)
+
+    def judged(mutant, form):
+        return judge(mutant, form, arguments, using[form], observer, options.limit)
+
     before = {kernel for kernel, _ in results}
-    for form, kernel, mutant in choose(observer, using, before, options.forms, options.mutants, options.seed):
-        verdict = judge(mutant, form, arguments, using[form], observer, options.limit)
-        if verdict in ("survived", "same bits", "no end"):
+    forms = {kernel: found for kernel, found in by_use(observer, using).items() if kernel not in before}
+    first = {kernel: found[: options.forms] for kernel, found in forms.items()}
+    for form, kernel, mutant in choose(observer, first, options.mutants, options.seed):
+        verdict = judged(mutant, form)
+        if verdict != "noticed":
             what = identity(kernel, observer.forms[form][1], mutant) | {"verdict": verdict}
-            print(f"{verdict}: {mutant}\n  {json.dumps(what)}\n  {len(using[form])} tests, {using[form][0]}")
             reason = reason_for(what)
-            print(f"  {reason or 'not on the list'}", flush=True)
-            verdict = "equivalent" if reason else verdict
+            if reason is None:
+                for other in [x for x in forms[kernel] if x != form][:OTHER_FORMS]:
+                    like = at_the_same_place(what, observer, other)
+                    if like and judged(like, other) == "noticed":
+                        verdict, reason = "elsewhere", f"noticed in another form: {like}"
+                        break
+            print(f"{what['verdict']}: {mutant}\n  {json.dumps(what)}")
+            print(f"  {len(using[form])} tests, {using[form][0]}\n  {reason or 'not on the list'}")
+            sys.stdout.flush()
+            if reason and verdict != "elsewhere":
+                verdict = "equivalent"
         results[kernel, verdict] += 1
 
 
@@ -270,11 +310,11 @@ def main(argv=None):
     results = Counter()
     for tests in options.tests:
         mutate([tests, *(["-k", options.k] if options.k else [])], options, results)
-    verdicts = "noticed", "equivalent", "same bits", "survived", "no end"
+    verdicts = "noticed", "elsewhere", "equivalent", "same bits", "survived", "no end"
     print(f"\n{'kernel':50}{''.join(f'{verdict:>12}' for verdict in verdicts)}")
     for kernel in dict.fromkeys(kernel for kernel, _ in results):
         print(f"{kernel:50}{''.join(f'{results[kernel, verdict]:12}' for verdict in verdicts)}")
-    sys.exit(any(n for (_, verdict), n in results.items() if verdict not in ("noticed", "equivalent")))
+    sys.exit(any(n for (_, verdict), n in results.items() if verdict not in verdicts[:3]))
 
 
 if __name__ == "__main__":

@@ -111,6 +111,15 @@ def test_rows_of_huge_logits_beside_others(device, dtype):
             assert torch.equal(x, y[chosen])
 
 
+@pytest.mark.parametrize("logit", [89, 92, 104, 139, 347, 693])
+def test_one_huge_logit_among_usual_ones(device, logit):
+    """A power of e beyond the range of numbers may not come round to a small one."""
+    batch = make_jagged([3], [40], heads=1, dim=16).to(device)
+    query, key = batch.query.clone(), batch.key.clone()
+    query[..., 0], key[..., 0], key[17, :, 0] = 1, 0, logit
+    check(batch.with_(query=query, key=key), scale=1.0, slack=4.0)
+
+
 def test_a_row_that_sees_nothing_has_zeros_and_minus_infinity(device):
     batch = mixed().to(device)
     hidden = torch.full(batch.key.shape[:1] + batch.query.shape[1:2], -INF, device=device)

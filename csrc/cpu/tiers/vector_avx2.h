@@ -80,15 +80,15 @@ struct Avx2Vector {
     for (int i = 0; i < 8; i++) r[i] = t[i];
   }
   ATTNREC_INLINE Reg exp2(Reg x) {
-    const Reg magic = set1(12582912.0f);        // 1.5 * 2^23: adding it rounds to an integer
-    const Reg clamped = max(set1(-150.0f), x);  // NaN stays NaN
+    const Reg magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    // NaN stays NaN. The exponent's field becomes 0 at -127, a power of 0, and 255 at 128, one of infinity;
+    // beyond, it would wrap round.
+    const Reg clamped = _mm256_min_ps(set1(128.0f), max(set1(-127.0f), x));
     const Reg rounded = add(clamped, magic), f = sub(clamped, sub(rounded, magic));
     Reg p = set1(kExp2Coefficients[0]);
     for (int i = 1; i < kExp2Terms; i++) p = fma(p, f, set1(kExp2Coefficients[i]));
     const __m256i exponent = _mm256_add_epi32(_mm256_castps_si256(rounded), _mm256_set1_epi32(127));
-    const Reg power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-    const Reg normal = _mm256_cmp_ps(x, set1(-126.0f), _CMP_NLT_UQ);  // below the normal range: exactly 0
-    return _mm256_and_ps(mul(p, power), normal);
+    return mul(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
 };
 

@@ -66,8 +66,10 @@ struct PortableVector {
       return Reg{std::exp2(x[0]), std::exp2(x[1]), std::exp2(x[2]), std::exp2(x[3])};
     } else {
       typedef int32_t Bits __attribute__((vector_size(kWidth * sizeof(int32_t))));
-      const Reg magic = set1(12582912.0f);        // 1.5 * 2^23: adding it rounds to an integer
-      const Reg clamped = max(set1(-150.0f), x);  // NaN stays NaN
+      const Reg magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+      // NaN stays NaN. The exponent's field becomes 0 at -127, a power of 0, and 255 at 128, one of infinity;
+      // beyond, it would wrap round.
+      const Reg above = max(set1(-127.0f), x), clamped = above > set1(128.0f) ? set1(128.0f) : above;
       const Reg rounded = clamped + magic, f = clamped - (rounded - magic);
       Reg p = set1(kExp2Coefficients[0]);
       for (int i = 1; i < kExp2Terms; i++) p = p * f + set1(kExp2Coefficients[i]);
@@ -76,7 +78,7 @@ struct PortableVector {
       const Bits exponent = (n + 127) << 23;
       Reg power;
       std::memcpy(&power, &exponent, sizeof power);
-      return x < set1(-126.0f) ? Reg{} : p * power;  // below the normal range: exactly 0
+      return p * power;
     }
   }
 };

@@ -67,7 +67,7 @@ struct CrossEntropyReadout {
         V::store(total, sum);
       }
       softmax.raise(softmax, row, t.seen[r], z);
-      softmax.add(softmax, row, t.seen[r], z, [](int, typename V::Reg) ATTNREC_LAMBDA {});
+      softmax.add(softmax, row, t.seen[r], z, [](int, auto...) ATTNREC_LAMBDA {});
     }
   }
 
@@ -195,7 +195,7 @@ struct CrossEntropyGradientReadout {
     for (int i = 0; i < t.seen[r]; i += W) {
       const typename V::Reg of_score = V::fma(weight(V::load(z + i), lse), factor, even);
       V::store(to + i, of_score);
-      items.keep(r, i, of_score, d);
+      items.keep(r, i, d, of_score);
     }
     const int64_t target = target_in_tile<V>(rows, unit, t, r);
     if (target < 0) return;
@@ -204,7 +204,7 @@ struct CrossEntropyGradientReadout {
     to[target] = static_cast<Real>(
         grad * (p - (1 - gradient.smoothing) - gradient.smoothing / static_cast<double>(gradient.classes)));
     const int i = static_cast<int>(target) / W * W;
-    items.keep(r, i, V::load(to + i), d);
+    items.keep(r, i, d, V::load(to + i));
   }
 
   static ATTNREC_MEMBER typename V::Reg weight(typename V::Reg z, Real lse) {

@@ -96,8 +96,9 @@ struct Pairs : RegisterBlock<V> {
       }
     }
 
-    ATTNREC_MEMBER void keep(int r, int i, typename V::Reg numbers, Real*) {
-      V::round_to_pairs(weights + (r * kKeys + i) / 2, numbers);
+    template <class... Registers>
+    ATTNREC_MEMBER void keep(int r, int i, Real*, Registers... numbers) {
+      V::round_to_pairs(weights + (r * kKeys + i) / 2, numbers...);
     }
 
     void accumulate_seen(int rows, const int* seen, const Real*, int packed_event, Real* out,

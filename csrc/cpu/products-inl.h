@@ -379,9 +379,10 @@ struct Numbers : RegisterBlock<V> {
       values = event_rows<V>(data, element, stride, n, head_dim, hide, copy_anyway, copied, &value_stride);
     }
 
-    // Takes in weights i … of a tile's row r.
-    ATTNREC_MEMBER void keep(int r, int i, typename V::Reg weights, Real* scores) {
-      V::store(scores + r * kKeys + i, weights);
+    // Takes in weights i … of a tile's row r, one or two registers of them.
+    template <class... Registers>
+    ATTNREC_MEMBER void keep(int r, int i, Real* scores, Registers... weights) {
+      ((V::store(scores + r * kKeys + i, weights), i += V::kWidth), ...);
     }
 
     // out += weights · values for a tile of a block's rows.

@@ -215,24 +215,35 @@ struct RunningSoftmax {
     V::store(sum, V::mul(V::load(sum), V::set1(factor[0])));
     return factor[0];
   }
-  // Adds up exp2(score - maximum) of `seen` scores, and hands each register of them to sink(i, powers).
+  // Adds up exp2(score - maximum) of `seen` scores, and hands their registers to sink(i, powers ...): two at
+  // a time, the last one alone where their number is odd.
   template <class Sink>
   ATTNREC_INLINE void add(RunningSoftmax& self, int row, int seen, const Real* scores, Sink&& sink) {
     Real* sum = self.lanes + static_cast<int64_t>(row) * W;
     typename V::Reg total = V::load(sum);
     const typename V::Reg base = V::set1(self.base(row));
-    for (int i = 0; i < seen; i += W) {
+    const auto power_at = [&](int i) ATTNREC_LAMBDA {
       const typename V::Reg score = V::load(scores + i);
-      const typename V::Reg p = power(kBase == Base::kNothing ? score : V::sub(score, base));
-      sink(i, p);
-      total = V::add(total, p);
+      return power(kBase == Base::kNothing ? score : V::sub(score, base));
+    };
+    int i = 0;
+    for (; i + W < seen; i += 2 * W) {
+      const typename V::Reg first = power_at(i), second = power_at(i + W);
+      sink(i, first, second);
+      total = V::add(V::add(total, first), second);
+    }
+    if (i < seen) {
+      const typename V::Reg last = power_at(i);
+      sink(i, last);
+      total = V::add(total, last);
     }
     V::store(sum, total);
   }
   // Takes in seen >= 1 scores and turns them into exp2(score - maximum). Returns `raise`'s factor.
   ATTNREC_INLINE Real step(RunningSoftmax& self, int row, int seen, Real* scores) {
     const Real rescale = raise(self, row, seen, scores);
-    add(self, row, seen, scores, [&](int i, typename V::Reg p) ATTNREC_LAMBDA { V::store(scores + i, p); });
+    add(self, row, seen, scores,
+        [&](int i, auto... powers) ATTNREC_LAMBDA { ((V::store(scores + i, powers), i += W), ...); });
     return rescale;
   }
   // The maximum, or 0 where all is hidden so far: exp2(-inf - 0) is 0, where -inf - -inf would be NaN.

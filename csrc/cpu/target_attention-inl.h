@@ -55,7 +55,7 @@ struct WeightedValue {
       Real* scores = t.scores + r * kKeys;
       const Real rescale = softmax.raise(softmax, t.first_row + r, t.seen[r], scores);
       softmax.add(softmax, t.first_row + r, t.seen[r], scores,
-                  [&](int i, typename V::Reg p) ATTNREC_LAMBDA { values.keep(r, i, p, t.scores); });
+                  [&](int i, auto... powers) ATTNREC_LAMBDA { values.keep(r, i, t.scores, powers...); });
       if (rescale == 1) continue;
       Real* sum = sums + static_cast<int64_t>(t.first_row + r) * width;
       for (int d = 0; d < width; d += V::kWidth)

@@ -125,7 +125,7 @@ struct Backward {
         // The weight is 0 from there on, but not 0 · NaN.
         const typename V::Reg kept = V::first(d, seen_here[r] - i, 0);
         V::store(ds + i, kept);
-        keys.keep(r, i, kept, grad_score + at);
+        keys.keep(r, i, grad_score + at, kept);
       }
     }
     keys.accumulate_seen(t.rows, seen_here, grad_score + at, t.packed_event,

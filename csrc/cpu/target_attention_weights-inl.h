@@ -22,7 +22,7 @@ struct LogSumExp {
     for (int r = 0; r < t.rows; r++) {
       if (t.seen[r] == 0) continue;
       softmax.raise(softmax, t.first_row + r, t.seen[r], t.scores + r * kKeys);
-      softmax.add(softmax, t.first_row + r, t.seen[r], t.scores + r * kKeys, [](int, typename V::Reg) {});
+      softmax.add(softmax, t.first_row + r, t.seen[r], t.scores + r * kKeys, [](int, auto...) {});
     }
   }
 

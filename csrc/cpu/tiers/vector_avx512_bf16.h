@@ -32,6 +32,10 @@ struct Avx512Bf16Vector : Avx512Vector {
   ATTNREC_INLINE void round_to_pairs(uint32_t* to, Reg numbers) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(numbers));
   }
+  // 32 numbers to 16 items, as fast as 16 numbers.
+  ATTNREC_INLINE void round_to_pairs(uint32_t* to, Reg first, Reg second) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
   // Subnormal numbers become 0, which the store of plain AVX-512 keeps in ten instructions.
   using Avx512Vector::store;
   ATTNREC_INLINE void store(BFloat16* p, Reg r) {
@@ -64,15 +68,16 @@ struct Avx512Bf16Vector : Avx512Vector {
     }
     return !infinite;
   }
-  // 2^x to 3e-6: minimax as kExp2Coefficients, two powers less.
+  // 2^x to 3e-6: minimax as kExp2UpCoefficients, two powers less. On Zen 4 one set of pipes multiplies, and
+  // another adds, rounds, scales and converts: the subtraction is given to the first. With two registers
+  // rounded to bf16 at once 16 weights take 5.6 cycles, the sum and the rounding among them (8.0 with
+  // clamping, a subtraction that subtracts, and one register at a time).
   ATTNREC_INLINE Reg exp2_short(Reg x) {
-    const Reg clamped = max(set1(-200.0f), x);
-    const Reg n = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const Reg f = sub(clamped, n);
-    Reg p = fma(set1(9.5828557e-3f), f, set1(5.590643e-2f));
-    p = fma(p, f, set1(2.4024099e-1f));
-    p = fma(p, f, set1(6.9312418e-1f));
-    return _mm512_scalef_ps(fma(p, f, set1(1.0f)), n);
+    const Reg f = fma(floor(x), set1(-1.0f), x);
+    Reg p = fma(set1(1.34266838e-2f), f, set1(5.22424728e-2f));
+    p = fma(p, f, set1(2.41280198e-1f));
+    p = fma(p, f, set1(6.93044841e-1f));
+    return _mm512_scalef_ps(fma(p, f, set1(1.0f)), x);
   }
   // 2^(x / 2^23 - 127) to 3 % for an x below 2^31, 0 below 0: x as the bits of a number. What has
   // kExp2RoughShift in place of 127 · 2^23 is too large as often as it is too small.

@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
     page = model_page.page(mine, theirs, ratios(mine, theirs), SHAPES, floors)
     print(page)
     if arguments.docs:
-        arguments.docs.write_text(page + "\n")
+        arguments.docs.write_text(page + "\n" + model_page.behind(arguments.docs))
     if arguments.json:
         rows = {"ours": [asdict(m) for m in mine], "peers": [asdict(m) for m in theirs]}
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")

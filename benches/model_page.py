@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from attnrec.kernels import launch
 
 CHIP = {80: "A100", 90: "H100"}
+MARK = "<!-- from here on: `python -m benches.model_cuda` -->"
 
 HEAD = """# The GPU kernels by the performance model
 
@@ -35,6 +37,12 @@ exact float32 products, whose loops have no matrix instruction.
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def behind(page: Path) -> str:
+    """What another command has written at the end of the page."""
+    _, mark, after = page.read_text().partition(MARK) if page.exists() else ("", "", "")
+    return f"\n{mark}{after}" if mark else ""
 
 
 def _name(m: Any) -> str:

@@ -11,6 +11,7 @@ import pytest
 from benches.sassmodel import CHIPS, analyse, load, notes, occupancy, report
 from benches.sassmodel.chips import mma_flops, uses
 from benches.sassmodel.model import hot_loop, life, tensor_loops
+from benches.sassmodel.paths import plain
 from benches.sassmodel.sass import Instr, decode, parse
 from benches.sassmodel.simulate import simulate
 
@@ -230,6 +231,24 @@ def test_of_two_loops_with_equal_work_the_shorter_is_hot():
     assert len(tensor_loops(k)) == 2
     assert hot_loop(k).header == 0
     assert [i.op for i in life(k, hot_loop(k), 2)].count("HMMA") == 3  # twice, and the masked one once
+
+
+def test_the_plain_path_has_all_products_and_copies_and_nothing_else():
+    """An option that skips a block, two ways to load a tile, and a loop of copies inside."""
+    k = looping(
+        ("BAR", "", None), ("BRA", "@P0", 5),
+        ("LDGSTS.E.128", "", None), ("BRA", "@P1", 2), ("BRA", "", 6),
+        ("LDG", "", None),
+        ("HMMA.16816.F32", "", None), ("BRA", "@P2", 9), ("FMUL", "", None),
+        ("BRA", "@P3", 0), ("EXIT", "", None),
+    )  # fmt: skip
+    path = [i.op for i in plain(k, hot_loop(k), copies=3).path]
+    assert path == ["BAR", "BRA", *["LDGSTS", "BRA"] * 3, "BRA", "HMMA", "BRA", "BRA"]
+    k = looping(
+        ("LDGSTS.E.128", "", None), ("HMMA.16816.F32", "", None), ("BRA", "@P0", 0), ("EXIT", "", None)
+    )
+    with pytest.raises(ValueError, match="no loop that makes them"):
+        plain(k, hot_loop(k), copies=2)
 
 
 def test_a_second_run_for_rare_input_is_not_part_of_a_block_s_life():

@@ -149,13 +149,13 @@ class Analysis:
         return run.cycles / self.occupancy.blocks
 
 
-def analyse(kernel: Kernel, chip: str | None = None) -> Analysis:
-    """Counts and simulates a kernel's hot loop; `chip` is its architecture's unless named.
+def analyse(kernel: Kernel, chip: str | None = None, loop: Loop | None = None) -> Analysis:
+    """Counts and simulates a kernel's hot loop, or `loop`; `chip` is its architecture's unless named.
 
     ValueError where there is no loop, or a block does not fit on the chip.
     """
     on = CHIPS[chip or DEFAULT[kernel.sm]]
-    loop = hot_loop(kernel)
+    loop = loop or hot_loop(kernel)
     resident = occupancy(on, kernel.threads, kernel.regs, kernel.smem)
     if not resident.blocks:
         raise ValueError(f"{kernel.name}: a block does not fit on {on.name} ({kernel.smem} bytes shared)")

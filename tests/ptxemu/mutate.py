@@ -66,14 +66,18 @@ def places_of(kernel, ptx, line=None):
     return [(m[1], m[2]) for m in found if m and m[2] != "0"]
 
 
+def plain(line):
+    """An instruction without the numbers of registers."""
+    return re.sub(r"(%[a-z]+|__BB\d+_)\d+", r"\1", " ".join(line.split("//")[0].split()))
+
+
 def identity(kernel, ptx, mutant):
-    """What says which fault it is, as long as that line of the source stays: registers have no numbers."""
-    instruction = re.sub(r"(%[a-z]+|__BB\d+_)\d+", r"\1", " ".join(mutant.old.split("//")[0].split()))
+    """What says which fault it is, as long as that line of the source stays."""
     return {
         "kernel": kernel,
         "kind": mutant.kind,
         "source": source_line(*places_of(kernel.partition(": ")[2], ptx, mutant.line)[-1]),
-        "instruction": instruction,
+        "instruction": plain(mutant.old),
     }
 
 
@@ -239,16 +243,16 @@ def choose(observer, forms, count, seed):
 def at_the_same_place(what, observer, form):
     """The first mutant in lines of a form that run that is like this one, whatever its numbers are."""
 
-    def general(x):
-        return x["kind"], x["source"], re.sub(r"(?<![\w.])\d+|(?<=_param_)\d+", "", x["instruction"])
+    def general(instruction):
+        return re.sub(r"(?<![\w.])\d+|(?<=_param_)\d+", "", instruction)
 
     kernel, ptx = observer.forms[form]
     for mutant in mutants(ptx, kernel.partition(": ")[2]):
         if (
             mutant.kind == what["kind"]
             and mutant.line in observer.lines[form]
-            and what["instruction"].split()[0] in mutant.old.split()[:1]  # what comes next takes longer
-            and general(identity(kernel, ptx, mutant)) == general(what)
+            and general(plain(mutant.old)) == general(what["instruction"])
+            and identity(kernel, ptx, mutant)["source"] == what["source"]
         ):
             return mutant
     return None

@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -147,7 +148,7 @@ class Only:
 
 
 MOST_STEPS = 300_000
-OTHER_FORMS = 4  # in which a fault that is not noticed in one is planted
+OTHER_FORMS = 4  # with the same place, in which a fault that is not noticed in one is planted
 
 
 def run(arguments, plugin, observe=None, edit=None):
@@ -283,9 +284,10 @@ def mutate(arguments, options, results):
             what = identity(kernel, observer.forms[form][1], mutant) | {"verdict": verdict}
             reason = reason_for(what)
             if reason is None:
-                for other in [x for x in forms[kernel] if x != form][:OTHER_FORMS]:
-                    like = at_the_same_place(what, observer, other)
-                    if like and judged(like, other) == "noticed":
+                others = ((other, at_the_same_place(what, observer, other)) for other in forms[kernel])
+                alike = ((other, like) for other, like in others if like and other != form)
+                for other, like in islice(alike, OTHER_FORMS):
+                    if judged(like, other) == "noticed":
                         verdict, reason = "elsewhere", f"noticed in another form: {like}"
                         break
             print(f"{what['verdict']}: {mutant}\n  {json.dumps(what)}")

@@ -169,7 +169,8 @@ int64_t catalog_topk_rescore(const Attention& a, void* memory, const TopkOptions
         hidden |= scratch.bias[i] == -std::numeric_limits<Real>::infinity();
       }
       Products::pack_keys(rows, a.element, a.head_dim, n, a.head_dim, nullptr, scratch.panels);
-      Products::scores(1, scratch.rows, scratch.panels, (n + W - 1) / W, a.head_dim, Real{1}, scratch.scores);
+      Products::scores(1, scratch.rows, scratch.panels, (n + W - 1) / W, a.head_dim, Real{1}, nullptr,
+                       scratch.scores);
       finish_logits<V>(options.temperature, options.bias ? scratch.bias : nullptr, hidden, n, scratch.scores);
       for (int i = 0; i < n; i++) scores[first + i] = scratch.scores[i];
     }

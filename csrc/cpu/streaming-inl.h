@@ -51,14 +51,13 @@ template <class V, class Products = Numbers<V>>
 struct StreamScratch {
   int span;  // events packed at once, a multiple of kKeys
   typename Products::Item *panels, *rows;
-  typename V::Real *bias, *row, *scores;
+  typename V::Real *bias, *scores;
 
   StreamScratch(Arena& arena, int packed, int head_dim)
       : span(packed),
         panels(arena.take<typename Products::Item>(static_cast<int64_t>(span) * Products::depth(head_dim))),
         rows(arena.take<typename Products::Item>(Products::items(Products::depth(head_dim)))),
         bias(arena.take<typename V::Real>(span)),
-        row(arena.take<typename V::Real>(padded<V>(head_dim))),
         scores(arena.take<typename V::Real>(Products::kRows * kKeys)) {}
 };
 
@@ -92,37 +91,30 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
 
     for (int row = 0; row < unit.rows; row += Products::kRows) {
       const int rows = static_cast<int>(least(Products::kRows, unit.rows - row));
-      int64_t seen_by[Products::kRows], most = 0;
+      int left[Products::kRows] = {}, most = 0;  // of the packed events, how many each row sees
       for (int r = 0; r < rows; r++) {
-        seen_by[r] = seen_events(a, unit, row + r);
-        most = greatest(most, seen_by[r]);
+        left[r] = static_cast<int>(greatest(0, least(n, seen_events(a, unit, row + r) - packed)));
+        most = left[r] > most ? left[r] : most;
       }
       load_block<V, Products>(
           rows,
           [&](int r) { return a.query.at(unit.candidate(row + r), unit.query_head(row + r), a.element); },
           a.element, D, factor, scratch.rows);
-      for (int begin = 0; begin < n && packed + begin < most; begin += kKeys) {
+      for (int begin = 0; begin < most; begin += kKeys) {
         int seen[Products::kRows];
-        for (int r = 0; r < rows; r++) {
-          seen[r] =
-              static_cast<int>(greatest(0, least(least(kKeys, n - begin), seen_by[r] - packed - begin)));
+        for (int r = 0; r < Products::kRows; r++) {  // a constant number, so that it is one step of vectors
+          const int here = left[r] - begin < kKeys ? left[r] - begin : kKeys;
+          seen[r] = here > 0 ? here : 0;
         }
-        const int count = static_cast<int>(least(least(kKeys, n - begin), most - packed - begin));
+        const int count = static_cast<int>(least(kKeys, most - begin));
         Products::scores(rows, scratch.rows,
                          scratch.panels + static_cast<int64_t>(begin) * Products::depth(D),
-                         (count + W - 1) / W, D, factor, scratch.scores);
+                         (count + W - 1) / W, D, factor, bias ? bias + begin : nullptr, scratch.scores);
         for (int r = 0; r < rows; r++) {
-          Real* s = scratch.scores + r * kKeys;
-          if (bias) {
-            for (int i = 0; i < seen[r]; i += W) {
-              V::store(s + i, V::add(V::load(s + i), load_part<V>(bias + begin + i, seen[r] - i)));
-            }
-          }
           const int tail = seen[r] / W * W;
-          if (tail < seen[r]) {
-            V::store(s + tail,
-                     V::first(V::load(s + tail), seen[r] - tail, -std::numeric_limits<float>::infinity()));
-          }
+          if (tail == seen[r]) continue;
+          Real* s = scratch.scores + r * kKeys + tail;
+          V::store(s, V::first(V::load(s), seen[r] - tail, -std::numeric_limits<float>::infinity()));
         }
         readout.tile(Tile<V>{row, rows, packed + begin, begin, seen, scratch.scores});
       }
@@ -251,46 +243,49 @@ struct RunningSoftmax {
     return maximum[row] == -std::numeric_limits<Real>::infinity() ? 0 : maximum[row];
   }
   Real sum(int row) const { return V::sum(V::load(lanes + static_cast<int64_t>(row) * W)); }
-  // Whether weights relative to the row's base, and their products with values of usual size, neither
-  // overflowed nor vanished.
-  bool in_range(int row) const {
-    const Real total = sum(row);
+  // Of a row's sum, whether weights relative to its base, and their products with values of usual size,
+  // neither overflowed nor vanished.
+  static bool in_range(Real total) {
     return kBase == Base::kRunningMaximum || (total > Real{1e-20f} && total < Real{1e20f});
   }
-  Real inverse_sum(int row) const {
-    const Real total = sum(row);
-    return total == 0 ? 0 : 1 / total;
-  }
+  static Real inverse(Real total) { return total == 0 ? 0 : 1 / total; }
   // In nats; -inf for a row that has seen nothing. In double, so that it is rounded once: what is recomputed
   // from it, exp(s - lse), is off by that rounding.
-  Real lse(int row) const {
-    const double total = sum(row), unit = kNatural ? 1 : kLn2;
+  Real lse(int row, Real total) const {
+    const double unit = kNatural ? 1 : kLn2;
     return static_cast<Real>(total == 0 ? -std::numeric_limits<double>::infinity()
-                                        : maximum[row] * unit + std::log(total));
+                                        : maximum[row] * unit + std::log(static_cast<double>(total)));
   }
 };
 
 // The score of row r's self slot, in base 2 as a tile's scores are.
-template <class V, class Products>
-typename V::Real self_score(const Attention& a, const Unit& unit, int r,
-                            const StreamScratch<V, Products>& scratch) {
+template <class V>
+typename V::Real self_score(const Attention& a, const Unit& unit, int r) {
+  using Real = typename V::Real;
   const int64_t c = unit.candidate(r);
-  load_row<V>(a.query.at(c, unit.query_head(r), a.element), a.element, a.head_dim,
-              static_cast<typename V::Real>(a.scale * a.units), scratch.row);
-  load_row<V>(a.self_key.at(c, unit.kv_head, a.element), a.element, a.head_dim, 1, scratch.scores);
-  return dot<V>(scratch.row, scratch.scores, padded<V>(a.head_dim));
+  const void* key = a.self_key.at(c, unit.kv_head, a.element);
+  const typename V::Reg factor = V::set1(static_cast<Real>(a.scale * a.units));
+  typename V::Reg sum = V::zero();
+  const void* query = a.query.at(c, unit.query_head(r), a.element);
+  with_element<V>(a.element, query, [&](auto* of_query) __attribute__((always_inline)) {
+    const auto* of_key = static_cast<decltype(of_query)>(key);
+    for (int d = 0; d < a.head_dim; d += V::kWidth) {
+      const int left = a.head_dim - d;
+      sum = V::fma(V::mul(load_part<V>(of_query + d, left), factor), load_part<V>(of_key + d, left), sum);
+    }
+  });
+  return V::sum(sum);
 }
 
-// The softmax of a unit's rows before their first event: nothing, or the self slot.
-template <class V, class Products, class Softmax>
-void start_softmax(const Attention& a, const Unit& unit, const StreamScratch<V, Products>& scratch,
-                   Softmax& softmax) {
-  softmax.clear(unit.rows);
-  if (!a.self_key.data) return;
+// The softmax of a unit's rows before their first event: nothing, or the self slot, of which
+// take(row, weight) is told what its value is to be multiplied by.
+template <class V, class Softmax, class Take>
+void start_softmax(const Attention& a, const Unit& unit, Softmax& softmax, Take&& take) {
+  if (!a.self_key.data) return softmax.clear(unit.rows);
   for (int r = 0; r < unit.rows; r++) {
-    const typename V::Real score = self_score(a, unit, r, scratch);
-    softmax.start(r, score,
-                  score - score + 1);  // 1, but NaN where the score is: no event may come to bring it in
+    const typename V::Real score = self_score<V>(a, unit, r);
+    // 1, but NaN where the score is: no event may come to bring it in.
+    take(r, softmax.start(r, score, score - score + 1));
   }
 }
 

@@ -31,17 +31,14 @@ struct WeightedValue {
   }
 
   // Where there is a self slot, its value is the first state of the sums.
-  void begin(const StreamScratch<V, Products>& scratch) {
-    start_softmax(a, unit, scratch, softmax);
-    for (int r = 0; r < unit.rows; r++) {
-      Real* sum = sums + static_cast<int64_t>(r) * width;
-      if (a.self_value.data) {
-        load_row<V>(a.self_value.at(unit.candidate(r), unit.kv_head, a.element), a.element, a.head_dim,
-                    softmax.sum(r), sum);
-      } else {
-        for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::zero());
-      }
-    }
+  void begin() {
+    start_softmax<V>(a, unit, softmax, [&](int r, Real weight) {
+      load_row<V>(a.self_value.at(unit.candidate(r), unit.kv_head, a.element), a.element, a.head_dim, weight,
+                  sums + static_cast<int64_t>(r) * width);
+    });
+    if (a.self_key.data) return;
+    for (int64_t i = 0; i < static_cast<int64_t>(unit.rows) * width; i += V::kWidth)
+      V::store(sums + i, V::zero());
   }
 
   void pack(int64_t first_event, int n, const Real* hide) {
@@ -71,16 +68,17 @@ struct WeightedValue {
     int left = 0;
     for (int r = 0; r < unit.rows; r++) {
       if (done[r]) continue;
-      done[r] = softmax.in_range(r);
+      const Real total = softmax.sum(r);
+      done[r] = softmax.in_range(total);
       left += !done[r];
       if (!done[r]) continue;
       const int64_t row = unit.candidate(r) * a.heads + unit.query_head(r);
-      const typename V::Reg inverse = V::set1(softmax.inverse_sum(r));
+      const typename V::Reg inverse = V::set1(softmax.inverse(total));
       Real* sum = sums + static_cast<int64_t>(r) * width;
       for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::mul(V::load(sum + d), inverse));
       store_row<V>(sum, a.head_dim, a.element,
                    static_cast<char*>(out) + row * a.head_dim * element_bytes(a.element));
-      lse[row] = softmax.lse(r);
+      lse[row] = softmax.lse(r, total);
     }
     return left;
   }
@@ -113,7 +111,7 @@ int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void*
   StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
   WeightedValue<V, Products, kBase> state(arena, a, unit.rows, unit.parts);
   if (!done) return 0;
-  for (int p = 0; p < unit.parts; p++) state.of(part_of(a, unit, p), p * unit.rows).begin(scratch);
+  for (int p = 0; p < unit.parts; p++) state.of(part_of(a, unit, p), p * unit.rows).begin();
   const int64_t events = a.events(unit.user), step = unit.parts > 1 ? kKeys : events;
   for (int64_t event = 0; event < events; event += step) {
     const int64_t end = least(events, event + step), event0 = a.kv_offsets[unit.user];

@@ -50,7 +50,7 @@ struct Backward {
     self = arena.take<Real>(3 * int64_t{width});
   }
 
-  void begin(const StreamScratch<V, Products>& scratch) {
+  void begin() {
     const int64_t events = whole.last_event - whole.first_event;
     clear(grad_key, events * width);
     clear(grad_value, events * width);
@@ -67,7 +67,7 @@ struct Backward {
       shift[r] = dot<V>(grad_out, query, width) - grad_lse(r);
       clear(grad_query + static_cast<int64_t>(r) * width, width);
       self_weight[r] = self_grad[r] = 0;
-      if (with_self() && sees(r)) start_self_slot(r, scratch);
+      if (with_self() && sees(r)) start_self_slot(r);
     }
   }
 
@@ -92,7 +92,7 @@ struct Backward {
     if (t.first_row != block) start_block(t);
     Products::scores(t.rows, grad_out_rows,
                      value_panels + static_cast<int64_t>(t.packed_event) * Products::depth(a.head_dim),
-                     (most(t.seen, t.rows) + W - 1) / W, a.head_dim, Real{1}, grad_weight);
+                     (most(t.seen, t.rows) + W - 1) / W, a.head_dim, Real{1}, nullptr, grad_weight);
     const int64_t at = (int64_t{t.packed_event} * kChunk) + int64_t{place} * kKeys;
     int seen_here[Products::kRows];
     for (int r = 0; r < t.rows; r++) {
@@ -101,32 +101,36 @@ struct Backward {
       const Real *s = t.scores + r * kKeys, *dp = grad_weight + r * kKeys;
       Real *p = weight + at + r * kKeys, *ds = grad_score + at + r * kKeys;
       const typename V::Reg lse = V::set1(base[row]), rest = V::set1(base_rest[row]);
-      typename V::Reg sum = V::zero(), weighted = V::zero();
-      for (int i = 0; i < seen_here[r]; i += W) {
-        const typename V::Reg exp = V::exp2(V::sub(V::sub(V::load(s + i), lse), rest));
-        V::store(p + i, exp);
-        sum = V::add(sum, exp);
-        weighted = V::fma(exp, V::first(V::load(dp + i), seen_here[r] - i, 0), weighted);
-      }
-      // The rounding of the lse makes all weights of a row wrong by one factor near 1, that of `out` its
-      // delta. Where all its events are here, as with a short history, both are known better: plain PyTorch,
-      // which keeps every weight, is nearly exact for the few heavy ones of such a row.
-      Real factor = 1, less = shift[row];
-      if (t.first_event == 0 && seen_here[r] > 0 && seen_events(a, unit, t.first_row + r) <= kKeys) {
-        factor = 1 / (V::sum(sum) + self_weight[row]);
-        less = (V::sum(weighted) + self_weight[row] * self_grad[row]) * factor - grad_lse(row);
-        self_weight[row] *= factor;
-        shift[row] = less;
-      }
-      for (int i = 0; i < seen_here[r]; i += W) {
-        const typename V::Reg exact = V::mul(V::load(p + i), V::set1(factor));
+      Real less = shift[row];
+      const auto weight_at = [&](int i)
+                                 ATTNREC_LAMBDA { return power(V::sub(V::sub(V::load(s + i), lse), rest)); };
+      const auto take = [&](int i, typename V::Reg exact) ATTNREC_LAMBDA {
         const typename V::Reg d = V::mul(exact, V::sub(V::load(dp + i), V::set1(less)));
         V::store(p + i, exact);
         // The weight is 0 from there on, but not 0 · NaN.
         const typename V::Reg kept = V::first(d, seen_here[r] - i, 0);
         V::store(ds + i, kept);
         keys.keep(r, i, grad_score + at, kept);
+      };
+      if (t.first_event > 0 || seen_here[r] == 0 || seen_events(a, unit, t.first_row + r) > kKeys) {
+        for (int i = 0; i < seen_here[r]; i += W) take(i, weight_at(i));
+        continue;
       }
+      // The rounding of the lse makes all weights of a row wrong by one factor near 1, that of `out` its
+      // delta. Where all its events are here, as with a short history, both are known better: plain PyTorch,
+      // which keeps every weight, is nearly exact for the few heavy ones of such a row.
+      typename V::Reg sum = V::zero(), weighted = V::zero();
+      for (int i = 0; i < seen_here[r]; i += W) {
+        const typename V::Reg exp = weight_at(i);
+        V::store(p + i, exp);
+        sum = V::add(sum, exp);
+        weighted = V::fma(exp, V::first(V::load(dp + i), seen_here[r] - i, 0), weighted);
+      }
+      const Real factor = 1 / (V::sum(sum) + self_weight[row]);
+      less = (V::sum(weighted) + self_weight[row] * self_grad[row]) * factor - grad_lse(row);
+      self_weight[row] *= factor;
+      shift[row] = less;
+      for (int i = 0; i < seen_here[r]; i += W) take(i, V::mul(V::load(p + i), V::set1(factor)));
     }
     keys.accumulate_seen(t.rows, seen_here, grad_score + at, t.packed_event,
                          grad_query + whole_row(t.first_row) * width, static_cast<int64_t>(row_step) * width);
@@ -164,6 +168,10 @@ struct Backward {
   }
 
  private:
+  ATTNREC_INLINE typename V::Reg power(typename V::Reg x) {
+    if constexpr (Products::kShortExp) return V::exp2_short(x);
+    return V::exp2(x);
+  }
   static void clear(Real* p, int64_t n) {
     for (int64_t i = 0; i < n; i += W) V::store(p + i, V::zero());
   }
@@ -208,11 +216,11 @@ struct Backward {
   bool with_self() const { return a.self_key.data && whole.first_event == 0; }
 
   // `grad_out` holds row r's dO.
-  void start_self_slot(int r, const StreamScratch<V, Products>& scratch) {
+  void start_self_slot(int r) {
     load_row<V>(a.self_value.at(whole.candidate(r), whole.kv_head, a.element), a.element, a.head_dim, 1,
                 self);
     self_grad[r] = dot<V>(grad_out, self, width);
-    self_weight[r] = exp2_of<V>(self_score(a, whole, r, scratch) - base[r] - base_rest[r]);
+    self_weight[r] = exp2_of<V>(self_score<V>(a, whole, r) - base[r] - base_rest[r]);
     if (seen_events(a, whole, r) > 0) return;
     self_weight[r] = self_weight[r] - self_weight[r] + 1;  // alone it has all the weight, but a NaN stays
     shift[r] = self_grad[r] - grad_lse(r);
@@ -355,7 +363,7 @@ int64_t target_attention_backward_unit(const Attention& a, const Unit& unit, voi
     StreamScratch<V, Products> scratch(arena, Backward<V, Products>::span(a.head_dim), a.head_dim);
     Backward<V, Products> readout(arena, a, g, unit);
     if (!memory) return arena.used();
-    readout.begin(scratch);
+    readout.begin();
     const int group = a.key_bias ? 1 : unit.group;
     for (int head = 0; head < unit.group; head += group) {
       Unit heads = unit;

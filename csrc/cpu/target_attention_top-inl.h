@@ -126,9 +126,8 @@ struct Top {
   Top(Arena& arena, const Attention& attention, int rows, int64_t n)
       : total(arena, attention, rows), heaviest(arena, rows, n) {}
 
-  template <class Products>
-  void begin(const Unit& unit, const StreamScratch<V, Products>& scratch) {
-    total.begin(unit, scratch);
+  void begin(const Unit& unit) {
+    total.begin(unit);
     heaviest.clear(unit.rows);
   }
   void pack(int64_t, int, const Real*) {}
@@ -157,12 +156,13 @@ int64_t target_attention_top_unit(const Attention& a, const Unit& unit, void* me
     StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
     Top<V> readout(arena, a, unit.rows, greatest(1, least(top, a.events(unit.user))));
     if (!memory) return arena.used();
-    readout.begin(unit, scratch);
+    readout.begin(unit);
     stream(a, unit, scratch, readout);
     for (int r = 0; r < unit.rows; r++) {
       readout.heaviest.sort(r);
       const auto* entries = readout.heaviest.of(r);
-      const Real base = readout.total.softmax.base(r), inverse = readout.total.softmax.inverse_sum(r);
+      const Real base = readout.total.softmax.base(r),
+                 inverse = readout.total.softmax.inverse(readout.total.softmax.sum(r));
       const int64_t to = (unit.candidate(r) * a.heads + unit.query_head(r)) * top;
       const int64_t kept = readout.heaviest.counts[r];
       for (int64_t first = 0; first < top; first += V::kWidth) {

@@ -13,9 +13,8 @@ struct LogSumExp {
 
   LogSumExp(Arena& arena, const Attention& attention, int rows) : a(attention), softmax(arena, rows) {}
 
-  template <class Products>
-  void begin(const Unit& unit, const StreamScratch<V, Products>& scratch) {
-    start_softmax(a, unit, scratch, softmax);
+  void begin(const Unit& unit) {
+    start_softmax<V>(a, unit, softmax, [](int, Real) {});
   }
   void pack(int64_t, int, const Real*) {}
   void tile(const Tile<V>& t) {
@@ -56,7 +55,7 @@ struct Weights {
   void take(const RunningSoftmax<V>& softmax, int64_t row) {
     for (int r = 0; r < unit.rows; r++) {
       base[row + r] = softmax.base(r);
-      inverse[row + r] = softmax.inverse_sum(r);
+      inverse[row + r] = softmax.inverse(softmax.sum(r));
     }
   }
   // The tile from `event` on, of the part whose rows stand from `row` on.
@@ -124,7 +123,7 @@ int64_t target_attention_weights_unit(const Attention& a, const Unit& unit, void
     for (int p = 0; p < unit.parts; p++) {
       const Unit part = part_of(a, unit, p);
       LogSumExp<V> of_part = total.from(int64_t{p} * unit.rows);
-      of_part.begin(part, scratch);
+      of_part.begin(part);
       stream(a, part, scratch, of_part);
       readout.take(of_part.softmax, int64_t{p} * unit.rows);
     }

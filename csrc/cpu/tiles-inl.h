@@ -39,7 +39,7 @@ struct Tiles : Pairs<V> {
   }
 
   static void scores(int rows, const Item* block, const Item* panels, int registers, int head_dim,
-                     Real factor, Real* to) {
+                     Real factor, const Real* bias, Real* to) {
     const int size = chunk(head_dim), pairs = depth(head_dim);
     configure(rows, size);
     for (int i = 0; i < registers; i += 2) {
@@ -52,11 +52,13 @@ struct Tiles : Pairs<V> {
         columns_of<ScoresApart>(rows, columns, a, b, chunks(head_dim), false, to + i * W, kKeys);
       }
     }
-    if (factor == 1) return;
+    if (factor == 1 && !bias) return;
     for (int r = 0; r < rows; r++) {
       Real* row = to + r * kKeys;
-      for (int i = 0; i < registers * W; i += W)
-        V::store(row + i, WithVectors::scaled(V::load(row + i), factor));
+      for (int i = 0; i < registers * W; i += W) {
+        const typename V::Reg s = WithVectors::scaled(V::load(row + i), factor);
+        V::store(row + i, bias ? V::add(s, V::load(bias + i)) : s);
+      }
     }
   }
 

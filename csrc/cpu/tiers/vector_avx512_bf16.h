@@ -15,9 +15,7 @@ struct Avx512Bf16Vector : Avx512Vector {
   ATTNREC_INLINE Reg load_pairs(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
   ATTNREC_INLINE void store_pairs(uint32_t* p, Reg r) { _mm512_storeu_si512(p, _mm512_castps_si512(r)); }
   // The first n numbers at p, at most 32, and zeros.
-  ATTNREC_INLINE Reg load_pairs(const BFloat16* p, int n) {
-    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(first_of_32(n), p));
-  }
+  ATTNREC_INLINE Reg load_pairs(const BFloat16* p, int n) { return _mm512_castsi512_ps(part_of_32(p, n)); }
   // sum + a·b for each lane's two pairs of numbers, in fp32.
   ATTNREC_INLINE Reg dot(Reg sum, Reg a, Reg b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
@@ -55,9 +53,8 @@ struct Avx512Bf16Vector : Avx512Vector {
     const __m512i exponent = _mm512_set1_epi16(0x7f80);
     __mmask32 infinite = 0;
     for (int d = 0; d < n; d += 32) {
-      const __mmask32 mask = first_of_32(n - d);
-      const __m512i x = a ? _mm512_maskz_loadu_epi16(mask, a + d) : _mm512_setzero_si512();
-      const __m512i y = b ? _mm512_maskz_loadu_epi16(mask, b + d) : _mm512_setzero_si512();
+      const __m512i x = a ? part_of_32(a + d, n - d) : _mm512_setzero_si512();
+      const __m512i y = b ? part_of_32(b + d, n - d) : _mm512_setzero_si512();
       infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
       infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(y, exponent), exponent);
       _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(x, order, y));
@@ -87,6 +84,9 @@ struct Avx512Bf16Vector : Avx512Vector {
   }
 
  private:
+  ATTNREC_INLINE __m512i part_of_32(const BFloat16* p, int n) {
+    return n >= 32 ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi16(first_of_32(n), p);
+  }
   ATTNREC_INLINE __mmask32 first_of_32(int n) { return n >= 32 ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
 };
 

@@ -178,7 +178,7 @@ struct RowsBest {
     for (int h = 0; h < 2; h++) {
       if (!__any_sync(kAll, top[h] >= entry[h])) continue;
       // The entry is never above m + slack, so the base moves only where something enters.
-      const float best = over_lanes(top[h], Best(), 4);
+      const float best = over_lanes<4>(top[h], Best());
       if (best > m[h] + kSlack) {
         l[h] *= ptx::exp2((m[h] - best) * kLog2e);
         m[h] = best;

@@ -104,4 +104,11 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// The larger; NaN where one is NaN.
+__device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 }  // namespace attnrec::cuda::ptx

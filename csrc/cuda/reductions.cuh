@@ -1,6 +1,8 @@
 // Sums and maxima over a warp and over a block, in an order that is always the same.
 #pragma once
 
+#include "cuda/ptx.h"
+
 namespace attnrec::cuda {
 
 struct Sum {
@@ -10,13 +12,14 @@ struct Sum {
 // NaN stays NaN.
 struct Maximum {
   static constexpr float kNeutral = -__builtin_huge_valf();
-  __device__ float operator()(float a, float b) const { return a > b || a != a ? a : b; }
+  __device__ float operator()(float a, float b) const { return ptx::max_or_nan(a, b); }
 };
 
-// Over groups of `lanes` neighbours, a power of two; every lane of the warp takes part and gets its group's.
-template <class Operation>
-__device__ float over_lanes(float x, Operation operation, int lanes = 32) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+// Over groups of kLanes neighbours, a power of two; every lane of the warp takes part and gets its group's.
+template <int kLanes = 32, class Operation>
+__device__ float over_lanes(float x, Operation operation) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
     x = operation(x, __shfl_xor_sync(~0u, x, distance));
   }
   return x;

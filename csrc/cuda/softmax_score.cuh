@@ -20,9 +20,9 @@
 namespace attnrec::cuda {
 
 constexpr int kChunk = 1024;
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kThreads = 128, kWarps = kThreads / 32;  // more idle where a user has few items
 constexpr int kTogether = 4;  // items of a group of lanes whose loads are in flight together
-constexpr int kBlocks = 2;    // of a multiprocessor at least: asked for more, the compiler spills registers
+constexpr int kBlocks = 4;    // of a multiprocessor at least: asked for more, the compiler spills registers
 constexpr float kHidden = -__builtin_huge_valf();
 
 // Where scratch memory is divided: the parts [3][chunks], logits [items], partial gradients [chunks][dim].
@@ -90,18 +90,22 @@ __device__ void chunk_logits(const SoftmaxScore& s, const Chunk& chunk, int lane
         for (int d = 0; d < kWidth<T>; d++) sum[i] = fmaf(x[i][d], of_user[d], sum[i]);
       }
     }
+    for (int distance = lanes >> 1; distance > 0; distance >>= 1) {
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], distance);
+    }
 #pragma unroll
     for (int i = 0; i < kTogether; i++) {
-      const float product = over_lanes(sum[i], Sum(), lanes);
       if (item(i) < chunk.count && lane % lanes == 0) {
-        logits[item(i)] = bias[i] != kHidden ? product / s.temperature + bias[i] : kHidden;
+        logits[item(i)] = bias[i] != kHidden ? sum[i] / s.temperature + bias[i] : kHidden;
       }
     }
   }
 }
 
-// The softmax over the chunk's logits in shared memory; `weight(n)` is asked only where exp is not 0.
-template <class Weight>
+// The softmax over the chunk's logits in shared memory; `weight(n)` is asked only where exp is not 0, and if
+// kWeighted.
+template <bool kWeighted, class Weight>
 __device__ Softmax chunk_softmax(const float* logits, int count, float* memory, const Weight& weight) {
   Softmax softmax{kHidden, 0, 0};
   for (int n = threadIdx.x; n < count; n += kThreads) softmax.maximum = Maximum()(softmax.maximum, logits[n]);
@@ -109,10 +113,10 @@ __device__ Softmax chunk_softmax(const float* logits, int count, float* memory, 
   for (int n = threadIdx.x; n < count; n += kThreads) {
     const float e = expf(logits[n] - softmax.base());
     softmax.total += e;
-    if (e != 0) softmax.weighted += weight(n) * e;
+    if (kWeighted && e != 0) softmax.weighted += weight(n) * e;
   }
   softmax.total = over_block(softmax.total, Sum(), memory);
-  softmax.weighted = over_block(softmax.weighted, Sum(), memory);
+  if (kWeighted) softmax.weighted = over_block(softmax.weighted, Sum(), memory);
   return softmax;
 }
 
@@ -155,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (chunk.count == 0) return;
   chunk_logits<T, kAligned>(s, chunk, lanes, logits);
   __syncthreads();
-  const Softmax softmax = chunk_softmax(logits, chunk.count, memory, [](int) { return 0.0f; });
+  const Softmax softmax = chunk_softmax<false>(logits, chunk.count, memory, [](int) { return 0.0f; });
   if (!chunk.whole) return leave(chunk, softmax, logits, scratch);
   for (int n = threadIdx.x; n < chunk.count; n += kThreads) {
     out[chunk.first + n] = from_float<T>(softmax.probability(logits[n]));
@@ -283,7 +287,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   } else {
     chunk_logits<T, kAligned>(s, chunk, lanes, p);
     __syncthreads();
-    const Softmax softmax = chunk_softmax(p, chunk.count, memory, grad);
+    const Softmax softmax = chunk_softmax<true>(p, chunk.count, memory, grad);
     if (!chunk.whole) return leave(chunk, softmax, p, scratch);
     for (int n = threadIdx.x; n < chunk.count; n += kThreads) p[n] = softmax.probability(p[n]);
     mean = softmax.mean();

@@ -246,7 +246,7 @@ __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Scoring
 // Over the four threads that have a row's columns.
 template <class Operation = Sum>
 __device__ __forceinline__ float of_row(float x, Operation operation = {}) {
-  return over_lanes(x, operation, 4);
+  return over_lanes<4>(x, operation);
 }
 
 // The query of row r, in shared memory, times its candidate's own slot: the same number in the row's threads.

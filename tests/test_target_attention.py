@@ -266,15 +266,18 @@ def test_pieces_of_a_long_history_in_one_block_or_several(device, dtype, options
     """Histories of more than 1,024 events are cut; which blocks run the pieces depends on the whole batch."""
     from attnrec.kernels import target_attention as launching
 
-    batch = make_jagged([3, 18], [900, 2100], heads=2, kv_heads=1, dim=16, dtype=dtype, options=options)
-    if options:  # the last user has the last piece of all, behind which is no memory
-        batch.kv_lengths[1] = batch.visible[-1] = 2100
-    batch = batch.to(device)
-    several = attend(batch)
-    monkeypatch.setattr(launching, "PROCESSORS", 0)  # however few the rows are, they fill the chip
-    check(batch)
-    for x, y in zip(attend(batch), several, strict=True):
-        assert torch.equal(x, y)
+    sizes = {"heads": 2, "kv_heads": 1, "dim": 16, "dtype": dtype, "options": options}
+    for candidates, events in (([3, 0, 18], [2100, 5, 1030]), ([18, 0, 3], [1030, 5, 2100])):
+        batch = make_jagged(candidates, events, **sizes)
+        if options:  # the last user has the last piece of all, behind which is no memory
+            batch.kv_lengths[-1] = batch.visible[-1] = events[-1]
+        batch = batch.to(device)
+        several = attend(batch)
+        with monkeypatch.context() as patch:
+            patch.setattr(launching, "PROCESSORS", 0)  # however few the rows are, they fill the chip
+            check(batch)
+            for x, y in zip(attend(batch), several, strict=True):
+                assert torch.equal(x, y)
 
 
 class TestLayouts:

@@ -27,7 +27,6 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -38,25 +37,16 @@ os.environ["ATTNREC_TEST_RUNNER"] = "emulator"
 import hypothesis
 import pytest
 import torch
-import triton
 
 from ptxemu import PtxError, session
-from ptxemu.mutations import KINDS, mutants
+from ptxemu.mutations import EQUIVALENT, KINDS, mutants, source_lines
 from ptxemu.program import load
 
-HERE = Path(__file__).resolve().parent
 OPS = "softmax_score", "target_attention", "target_attention_backward", "target_attention_weights"
 OPS += "catalog_topk", "catalog_cross_entropy"
-SOURCES = HERE.parent.parent / "kernels", Path(triton.__file__).parent / "language"
 
 
 # --- the list of those that no input could tell from the kernel ---------------------------------------------
-
-
-@cache
-def source_line(file, number):
-    path = next(folder / file for folder in SOURCES if (folder / file).exists())
-    return f"{file}: {path.read_text().splitlines()[int(number) - 1].strip()}"
 
 
 def places_of(kernel, ptx, line=None):
@@ -74,10 +64,11 @@ def plain(line):
 
 def identity(kernel, ptx, mutant):
     """What says which fault it is, as long as that line of the source stays."""
+    file, number = places_of(kernel.partition(": ")[2], ptx, mutant.line)[-1]
     return {
         "kernel": kernel,
         "kind": mutant.kind,
-        "source": source_line(*places_of(kernel.partition(": ")[2], ptx, mutant.line)[-1]),
+        "source": f"{file}: {source_lines(file)[int(number) - 1]}",
         "instruction": plain(mutant.old),
     }
 
@@ -86,7 +77,7 @@ def reason_for(what):
     """Why no input could tell that fault, from equivalent.json; None where it is not there.
 
     What an entry leaves out it says of all: of a kind, or of a source line."""
-    for group in json.loads((HERE / "equivalent.json").read_text()):
+    for group in EQUIVALENT:
         if any(entry.items() <= what.items() for entry in group["mutants"]):
             return group["reason"]
     return None

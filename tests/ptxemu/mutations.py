@@ -2,11 +2,28 @@
 
 `mutants(ptx, kernel)` lists them all. Each is a fault of a kind that a programmer or a compiler makes:
 a barrier or a wait that is missing, a bound off by one, a mask that is lost or inverted, an operator or a
-constant that is another, an address of 32 bits, fragments swapped.
+constant that is another, an address of 32 bits, fragments swapped. EQUIVALENT lists those of the project's
+kernels that no input could tell; it names lines of the kernels' sources.
 """
 
+import json
 import re
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+EQUIVALENT = json.loads((HERE / "equivalent.json").read_text())
+
+
+@cache
+def source_lines(file):
+    """Of a Triton kernel or of what it calls in Triton's own library, by the file's name."""
+    import triton
+
+    folders = HERE.parent.parent / "kernels", Path(triton.__file__).parent / "language"
+    path = next(folder / file for folder in folders if (folder / file).exists())
+    return [line.strip() for line in path.read_text().splitlines()]
 
 
 @dataclass(frozen=True)

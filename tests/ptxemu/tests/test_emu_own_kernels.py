@@ -6,12 +6,10 @@ result changes (Triton emits waits that others cover, and guards that are true),
 caught. ATTNREC_TEST_FULL=1 plants more; the mutation command (mutate.py) does it at large.
 """
 
-import json
 import mmap
 import os
 import random
 from functools import partial
-from pathlib import Path
 
 import helpers
 import pytest
@@ -23,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("compiled code is executed, and this process interprets", allow_module_level=True)
 
 from ptxemu import PtxError, session
-from ptxemu.mutations import mutants
+from ptxemu.mutations import EQUIVALENT, mutants, source_lines
 
 import attnrec
 
@@ -244,13 +242,8 @@ def test_addresses_of_32_bits(case, emulator):
 
 
 def test_the_list_of_equivalent_faults_names_lines_that_exist():
-    import triton
-
-    root = Path(__file__).resolve().parents[3]
-    folders = root / "kernels", Path(triton.__file__).parent / "language"
-    for group in json.loads((root / "tests/ptxemu/equivalent.json").read_text()):
-        for file, _, text in (
-            entry["source"].partition(": ") for entry in group["mutants"] if "source" in entry
-        ):
-            path = next(folder / file for folder in folders if (folder / file).exists())
-            assert text in map(str.strip, path.read_text().splitlines()), (file, text)
+    for group in EQUIVALENT:
+        for entry in group["mutants"]:
+            if "source" in entry:
+                file, _, text = entry["source"].partition(": ")
+                assert text in source_lines(file), entry

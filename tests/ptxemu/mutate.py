@@ -1,17 +1,16 @@
 """Plants faults in the compiled PTX of the project's kernels and runs the contract suite on each: which are
 not noticed?
 
-    python -m tests.ptxemu.mutate --kernel _forward --mutants 60 tests/test_target_attention.py
+    python -m tests.ptxemu.mutate --kernel _forward --mutants 60 target_attention
 
-Files of tests go one after the other; the default is all that test a Triton kernel. First a file's tests run
-once as they are; of every kernel it is noted which compiled form (PTX) which test launches, which lines of it
-run, and which bits it writes. Then faults are planted in lines that run. For each the launches of its form
-are repeated, those of quick tests first; where one writes other bits, its test runs with the fault, until one
-fails. What the tests of that form do not notice is planted at the same place of other forms ("elsewhere": a
-fault of the source is noticed, one of the compiler's in that form would not be). A survivor is listed with
-whether it wrote other bits. One that no input could tell from the kernel is put on the list in
-equivalent.json, with the reason; every other one is a gap in the tests. Exits with 1 where a survivor is not
-on the list.
+Ops go one after the other; the default is all. First an op's tests run once as they are; of every kernel it
+is noted which compiled form (PTX) which test launches, which lines of it run, and which bits it writes. Then
+faults are planted in lines that run. For each the launches of its form are repeated, those of quick tests
+first; where one writes other bits, its test runs with the fault, until one fails. What the tests of that
+form do not notice is planted at the same place of other forms ("elsewhere": a fault of the source is
+noticed, one of the compiler's in that form would not be). A survivor is listed with whether it wrote other
+bits. One that no input could tell from the kernel is put on the list in equivalent.json, with the reason;
+every other one is a gap in the tests. Exits with 1 where a survivor is not on the list.
 """
 
 import argparse
@@ -27,6 +26,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from glob import glob
 from itertools import islice
 from pathlib import Path
 
@@ -251,7 +251,7 @@ def at_the_same_place(what, observer, form):
 
 
 def mutate(arguments, options, results):
-    """Adds up what becomes of the mutants of the kernels that these tests launch and no file before them."""
+    """Adds up what becomes of the mutants of the kernels that these tests launch and no op before them."""
     observer = Observer(options.kernel)
     status, output = run(arguments, observer, observer.observe)
     if status != 0:
@@ -291,7 +291,7 @@ def mutate(arguments, options, results):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.ptxemu.mutate")
-    parser.add_argument("tests", nargs="*", default=[f"tests/test_{op}.py" for op in OPS])
+    parser.add_argument("ops", nargs="*", default=OPS)
     parser.add_argument("-k", help="only tests of this expression, as pytest's -k")
     parser.add_argument("--kernel", action="append", default=[], help="its name; default: all launched")
     parser.add_argument("--mutants", type=int, default=13, help="how many of each kernel (default 13)")
@@ -305,8 +305,9 @@ def main(argv=None):
         del KINDS[kind]
 
     results = Counter()
-    for tests in options.tests:
-        mutate([tests, *(["-k", options.k] if options.k else [])], options, results)
+    for op in options.ops:
+        tests = [f"tests/test_{op}.py", *glob(f"tests/test_{op}_triton.py")]
+        mutate([*tests, *(["-k", options.k] if options.k else [])], options, results)
     verdicts = "noticed", "elsewhere", "equivalent", "same bits", "survived", "no end"
     print(f"\n{'kernel':50}{''.join(f'{verdict:>12}' for verdict in verdicts)}")
     for kernel in dict.fromkeys(kernel for kernel, _ in results):

@@ -50,11 +50,14 @@ OPS += "catalog_topk", "catalog_cross_entropy"
 
 
 def places_of(kernel, ptx, line=None):
-    """The places in the source of the kernel's instructions, up to that line of the PTX: (file, number)."""
+    """The places in the source of the kernel's instructions, up to that line of the PTX: `(where, caller)`,
+    each (file, number), or None where nothing calls it."""
     lines = ptx.split("\n")
     first = next(i for i, text in enumerate(lines) if re.search(rf"\.entry\s+{re.escape(kernel)}\b", text))
-    found = [re.search(r"\.loc\s.*// ([\w.]+):(\d+)", text) for text in lines[first:line]]
-    return [(m[1], m[2]) for m in found if m and m[2] != "0"]
+    files = dict(re.findall(r'\.file\s+(\d+) ".*?([\w.]+)"', ptx))
+    place = re.compile(r"\.loc\s(?:.*inlined_at (\d+) (\d+))?.*// ([\w.]+):(\d+)")
+    found = [m for text in lines[first:line] if (m := place.search(text)) and m[4] != "0"]
+    return [((m[3], m[4]), m[1] and (files[m[1]], m[2])) for m in found]
 
 
 def plain(line):
@@ -64,11 +67,15 @@ def plain(line):
 
 def identity(kernel, ptx, mutant):
     """What says which fault it is, as long as that line of the source stays."""
-    file, number = places_of(kernel.partition(": ")[2], ptx, mutant.line)[-1]
+    texts = [
+        place and f"{place[0]}: {source_lines(place[0])[int(place[1]) - 1]}"
+        for place in places_of(kernel.partition(": ")[2], ptx, mutant.line)[-1]
+    ]
     return {
         "kernel": kernel,
         "kind": mutant.kind,
-        "source": f"{file}: {source_lines(file)[int(number) - 1]}",
+        "source": texts[0],
+        "caller": texts[1],
         "instruction": plain(mutant.old),
     }
 
@@ -119,9 +126,10 @@ class Observer:
     def observe(self, call, stats, before):
         if self.kernels and call.name not in self.kernels:
             return
-        form = hashlib.sha256(call.compiled.encode()).hexdigest()
+        code = call.compiled.partition("\t.file\t")[0]  # behind it is where the source lies
+        form = hashlib.sha256(code.encode()).hexdigest()
         if form not in self.forms:
-            file, _ = places_of(call.name, call.compiled)[0]
+            (file, _), _ = places_of(call.name, call.compiled)[0]
             self.forms[form] = f"{file}: {call.name}", call.compiled
         self.lines[form] |= stats.lines
         self.launches[self.test].append((form, call, before, digest_of(call, stats)))
@@ -244,9 +252,10 @@ def at_the_same_place(what, observer, form):
             mutant.kind == what["kind"]
             and mutant.line in observer.lines[form]
             and general(plain(mutant.old)) == general(what["instruction"])
-            and identity(kernel, ptx, mutant)["source"] == what["source"]
         ):
-            return mutant
+            like = identity(kernel, ptx, mutant)
+            if all(like[key] == what[key] for key in ("source", "caller")):
+                return mutant
     return None
 
 

@@ -170,6 +170,29 @@ def test_adversarial_orders(order):
     check_exactly(users, values.unsqueeze(1), items * 3 // 50)
 
 
+@pytest.mark.parametrize("names", [(), ("exclude", "bias")], ids=str)
+def test_more_ties_than_are_kept_and_then_higher_scores(names):
+    items = max(1000, RUNNER.smaller(5000))
+    users, catalog = torch.zeros(18, 8), torch.zeros(items, 8)
+    users[:, 0], catalog[:, 0] = torch.tensor([1.0, 0.0, -1.0] * 6), torch.arange(items) // 256
+    options = options_for(names, 18, items)
+    if "bias" in names:
+        options["bias"] = options["bias"].where(options["bias"] == -INF, 0.0)
+    check_exactly(users, catalog, 60, **options)
+
+
+@pytest.mark.parametrize("k", [1, 20])
+def test_one_rounding_step_above_all_others(k):
+    """For each user one item, at any place; it has to be found after any number of the others, who tie."""
+    items = max(1000, RUNNER.smaller(5000))
+    places, d = torch.arange(8) * (items - 1) // 7, torch.arange(8)
+    catalog = torch.ones(items, 8)
+    catalog[places, d] += 2.0**-23
+    catalog[items - 1 - places, d] -= 2.0**-24
+    _, ids, _ = check_exactly(torch.cat([torch.eye(8), -torch.eye(8)]), catalog, k)
+    assert torch.equal(ids[:, 0], torch.cat([places, items - 1 - places]))
+
+
 def test_ties_go_to_the_lower_id_at_every_temperature():
     """Equal products of different factors: scaling the users first would round them apart."""
     catalog = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 1.0]] * max(60, RUNNER.smaller(300)))

@@ -111,7 +111,7 @@ def test_a_floor_of_any_number_of_groups():
         scores = torch.randn(3, groups)
         scores[1, 5:] = -INF
         best, floor, highest = keys_of(scores), torch.empty(3, dtype=torch.int64), torch.empty(3)
-        for k in (5, groups // 3, groups):
+        for k in (5, groups // 3, groups, groups + 1):
             module._floor[3,](best, floor, highest, groups, k, CHUNK=512, maxnreg=most_registers(4))
             check_floor(best, scores, k, floor, highest)
 

@@ -13,6 +13,7 @@ from test_emu_own_kernels import (
     assert_faults_are_caught,
     attention,
     catalog,
+    check_of,
     emulator_of,
 )
 
@@ -79,11 +80,6 @@ def emulator(monkeypatch):
     return emulator_of("cuda", project.served, monkeypatch)
 
 
-def check_of(case, **changes):
-    make, *args, options = CASES[case]
-    return make(*args, **{**options, **changes})
-
-
 def kernels_of(case, launches):
     """The names of the kernels of the case's own pass."""
     others = OF_FORWARD if "backward" in case else ()
@@ -92,10 +88,10 @@ def kernels_of(case, launches):
 
 @pytest.mark.parametrize("case", CASES)
 def test_planted_faults_are_caught(case, emulator):
-    assert_faults_are_caught(check_of(case), emulator, partial(kernels_of, case))
+    assert_faults_are_caught(check_of(CASES[case]), emulator, partial(kernels_of, case))
 
 
 @pytest.mark.parametrize("case", FAR)
 def test_addresses_of_32_bits(case, emulator):
-    check = check_of(case, far=True, **FAR[case])
+    check = check_of(CASES[case], far=True, **FAR[case])
     assert_addresses_have_64_bits(check, emulator, partial(kernels_of, case))

@@ -94,7 +94,8 @@ OF_FORWARD = {"_forward", "_log_sums", "_losses", "_score", "_weigh"}
 
 
 def check_of(case, **changes):
-    make, *args, options = CASES[case]
+    """Of one of the CASES."""
+    make, *args, options = case
     return make(*args, **{**options, **changes})
 
 
@@ -206,7 +207,7 @@ def assert_faults_are_caught(check, emulator, kernels):
 
 @pytest.mark.parametrize("case", CASES)
 def test_planted_faults_are_caught(case, emulator):
-    assert_faults_are_caught(check_of(case), emulator, partial(kernels_of, case))
+    assert_faults_are_caught(check_of(CASES[case]), emulator, partial(kernels_of, case))
 
 
 FAR = {case: {} for case in CASES if "negatives" not in case}
@@ -237,7 +238,7 @@ def assert_addresses_have_64_bits(check, emulator, kernels):
 @pytest.mark.parametrize("case", FAR)
 def test_addresses_of_32_bits(case, emulator):
     """Events and items that lie further from the first than 32 bits can say."""
-    check = check_of(case, far=True, **FAR[case])
+    check = check_of(CASES[case], far=True, **FAR[case])
     assert_addresses_have_64_bits(check, emulator, partial(kernels_of, case))
 
 

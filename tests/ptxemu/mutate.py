@@ -25,6 +25,7 @@ import re
 import signal
 import sys
 import time
+from bisect import bisect
 from collections import Counter, defaultdict
 from glob import glob
 from itertools import islice
@@ -240,27 +241,33 @@ def choose(observer, forms, count, seed):
         yield from chosen[:count]
 
 
-def at_the_same_place(what, observer, form):
-    """The first mutant in lines of a form that run that is like this one, whatever its numbers are."""
+def alike(mutant, what, observer, form, other):
+    """What is at the mutant's place in another form: of the mutants of its kind there, in lines that run, of
+    the same instruction but for its numbers, the first of the block that is as far along among those with any
+    (of loops with a mask and without, the same)."""
 
     def general(instruction):
-        return re.sub(r"(?<![\w.])\d+|(?<=_param_)\d+", "", instruction)
+        return re.sub(r"(?<![\w.])\d+|(?<=_param_)\d+", "", plain(instruction))
 
-    kernel, ptx = observer.forms[form]
-    for mutant in mutants(ptx, kernel.partition(": ")[2]):
-        if (
-            mutant.kind == what["kind"]
-            and mutant.line in observer.lines[form]
-            and general(plain(mutant.old)) == general(what["instruction"])
-        ):
-            like = identity(kernel, ptx, mutant)
-            if all(like[key] == what[key] for key in ("source", "caller")):
-                return mutant
-    return None
+    def blocks(at):
+        kernel, ptx = observer.forms[at]
+        labels = [i for i, line in enumerate(ptx.split("\n")) if line.startswith("$L__BB")]
+        found = defaultdict(list)
+        for x in mutants(ptx, kernel.partition(": ")[2]):
+            like = x.kind == mutant.kind and general(x.old) == general(mutant.old)
+            if like and x.line in observer.lines[at]:
+                place = identity(kernel, ptx, x)
+                if all(place[key] == what[key] for key in ("source", "caller")):
+                    found[bisect(labels, x.line)].append(x)
+        return list(found.values())
+
+    own, there = blocks(form), blocks(other)
+    block = next(i for i, some in enumerate(own) if mutant in some)
+    return there[block * len(there) // len(own)][0] if there else None
 
 
-def mutate(arguments, options, results):
-    """Adds up what becomes of the mutants of the kernels that these tests launch and no op before them."""
+def mutate(op, arguments, options, results):
+    """Adds up what becomes of the mutants of the kernels that an op's tests launch, but for other ops'."""
     observer = Observer(options.kernel)
     status, output = run(arguments, observer, observer.observe)
     if status != 0:
@@ -275,8 +282,9 @@ def mutate(arguments, options, results):
     def judged(mutant, form):
         return judge(mutant, form, arguments, using[form], observer, options.limit)
 
-    before = {kernel for kernel, _ in results}
-    forms = {kernel: found for kernel, found in by_use(observer, using).items() if kernel not in before}
+    others = {f"{other}.py" for other in OPS} - {f"{op}.py"}
+    forms = by_use(observer, using)
+    forms = {kernel: found for kernel, found in forms.items() if kernel.partition(":")[0] not in others}
     first = {kernel: found[: options.forms] for kernel, found in forms.items()}
     for form, kernel, mutant in choose(observer, first, options.mutants, options.seed):
         verdict = judged(mutant, form)
@@ -284,9 +292,8 @@ def mutate(arguments, options, results):
             what = identity(kernel, observer.forms[form][1], mutant) | {"verdict": verdict}
             reason = reason_for(what)
             if reason is None:
-                others = ((other, at_the_same_place(what, observer, other)) for other in forms[kernel])
-                alike = ((other, like) for other, like in others if like and other != form)
-                for other, like in islice(alike, OTHER_FORMS):
+                places = ((x, alike(mutant, what, observer, form, x)) for x in forms[kernel] if x != form)
+                for other, like in islice((place for place in places if place[1]), OTHER_FORMS):
                     if judged(like, other) == "noticed":
                         verdict, reason = "elsewhere", f"noticed in another form: {like}"
                         break
@@ -316,7 +323,7 @@ def main(argv=None):
     results = Counter()
     for op in options.ops:
         tests = [f"tests/test_{op}.py", *glob(f"tests/test_{op}_triton.py")]
-        mutate([*tests, *(["-k", options.k] if options.k else [])], options, results)
+        mutate(op, [*tests, *(["-k", options.k] if options.k else [])], options, results)
     verdicts = "noticed", "elsewhere", "equivalent", "same bits", "survived", "no end"
     print(f"\n{'kernel':50}{''.join(f'{verdict:>12}' for verdict in verdicts)}")
     for kernel in dict.fromkeys(kernel for kernel, _ in results):

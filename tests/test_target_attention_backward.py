@@ -74,6 +74,12 @@ class TestAgainstReference:
         batch = make_jagged([candidates, 40], [events, events + 1], heads=2, dim=24, dtype=dtype)
         check(batch.to(device), slack=2.0)
 
+    @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+    def test_a_user_at_the_end_of_a_tile(self, device, options):
+        """Of any size: the second begins at an odd place, and no number of a tile is to spare for it."""
+        batch = make_jagged([61, 2, 9], [125, 2, 40], kv_heads=2, options=options)
+        check(batch.to(device), slack=1.3)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_nothing_beyond_a_history_counts(self, device, dtype):
         check(below_zero(dtype, options=["self"]).to(device))

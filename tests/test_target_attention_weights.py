@@ -92,6 +92,13 @@ class TestAll:
     def test_every_dtype_and_option(self, device, dtype, options):
         check(mixed(dtype=dtype, options=options).to(device), slack=1.3)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_histories_as_long_as_their_room(self, device, dtype):
+        batch = mixed(dtype=dtype, options=OPTIONS)
+        room = batch.kv_offsets.diff()
+        whole = batch.with_(kv_lengths=room, visible=room.repeat_interleave(batch.q_offsets.diff()))
+        check(whole.to(device), slack=1.3)
+
     @pytest.mark.parametrize("dim", DIMS)
     def test_every_dim(self, device, dim):
         check(make_jagged([40, 3, 21], [70, 300, 9], heads=2, dim=dim).to(device), slack=1.5)

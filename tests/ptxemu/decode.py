@@ -434,5 +434,5 @@ def emit(D, ins, type_, fn, n, dst_type=None):
     return lambda S, m: put(S, fn(a(S), b(S), c(S)), m)
 
 
-EXTERNAL = {}  # functions of the device runtime, implemented in isa_memory.py
+EXTERNAL = {}  # functions of the device runtime, which device_runtime.py has
 WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}

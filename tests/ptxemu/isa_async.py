@@ -88,7 +88,7 @@ def cp_async(D, ins):
         S.fault_mask = m
         lanes = np.flatnonzero(S.lanes(m))
         taddr, saddr = to(S), source(S)
-        index = S.shared.index(S.block[lanes], taddr[lanes], size) >> 2
+        index = S.shared.index(S.block[lanes], taddr[lanes], size, 4)
         index = index[:, None] + np.arange(words)
         n = np.full(len(lanes), size, U32)
         if source_size is not None:

@@ -5,7 +5,7 @@ import numpy as np
 from .decode import TYPES, Mods, emit, handles
 from .isa_float import FLOAT_OPS, float_op
 
-U8, U32, U64, I32, I64, F64 = np.uint8, np.uint32, np.uint64, np.int32, np.int64, np.float64
+U8, U32, U64, I64, F64 = np.uint8, np.uint32, np.uint64, np.int64, np.float64
 
 
 def mul_high(a, b):

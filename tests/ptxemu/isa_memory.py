@@ -1,4 +1,4 @@
-"""Loads, stores, atomics, asynchronous copies, address conversion, device runtime calls."""
+"""Loads, stores, atomics, address conversion."""
 
 import numpy as np
 
@@ -8,8 +8,7 @@ from .errors import Fault, PtxError
 from .isa_float import HALF, half_load, half_store
 from .memory import HOST, LOCAL_WINDOW, SHARED_WINDOW, WINDOW_BYTES, host_index
 
-U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
-_SHIFT = {1: 0, 2: 1, 4: 2, 8: 3}
+U64 = np.uint64
 MEANT = {"volatile", "relaxed", "acquire", "release", "mmio"}  # accesses meant to meet those of other warps
 SPACES = ("global", "shared", "shared::cta", "local", "const", "param", "param::entry", "param::func")
 _NONE = U64(0xFFFFFFFFFFFFFFFF)
@@ -73,28 +72,33 @@ def count_shared(S, addr, m, n, kind):
 # ---------------------------------------------------------------- typed access to one space
 
 
-def read(S, space, addr, m, word, k, meant=False):
-    """k words of `word` bytes at each active lane's address: a list of k arrays over all lanes."""
-    n = word * k
+def access(S, space, addr, m, word, k, kind):
+    """Where the active lanes' accesses of k words begin, checked and counted: `(indices, the array of words,
+    lanes of each buffer)`."""
     S.fault_mask = m
-    a = pick(addr, m)
+    a, n = pick(addr, m), word * k
     if space == "global":
         host, parts = S.memory.locate(a, n)
-        index, data = host_index(host, word), HOST[word]
-        if S.global_races and not meant:
-            S.global_races.read(parts, a, word, k, pick(S.block_tag, m))
-        count_global(S, addr, m, n, "read")
-    else:
-        memory = S.shared if space == "shared" else S.local
-        region = pick(S.block if space == "shared" else S.home, m)
-        index = memory.index(region, a, n) >> _SHIFT[word]
-        data = memory.words[word]
-        if space == "shared":
-            words = index[:, None] + np.arange(k)
-            memory.check_written(words, word)
-            if S.races and not meant:
-                S.races.read(words, word, pick(S.warp, m))
-            count_shared(S, addr, m, n, "read")
+        count_global(S, addr, m, n, kind)
+        return host_index(host, word), HOST[word], parts
+    shared = space == "shared"
+    memory, region = (S.shared, S.block) if shared else (S.local, S.home)
+    index = memory.index(pick(region, m), a, n, word)
+    if shared:
+        count_shared(S, addr, m, n, kind)
+    return index, memory.words[word], None
+
+
+def read(S, space, addr, m, word, k, meant=False):
+    """k words of `word` bytes at each active lane's address: a list of k arrays over all lanes."""
+    index, data, parts = access(S, space, addr, m, word, k, "read")
+    if space == "global" and S.global_races and not meant:
+        S.global_races.read(parts, pick(addr, m), word, k, pick(S.block_tag, m))
+    if space == "shared":
+        words = index[:, None] + np.arange(k)
+        S.shared.check_written(words, word)
+        if S.races and not meant:
+            S.races.read(words, word, pick(S.warp, m))
     out = []
     for i in range(k):
         v = data[index + index.dtype.type(i)] if i else data[index]
@@ -107,33 +111,20 @@ def read(S, space, addr, m, word, k, meant=False):
 
 
 def write(S, space, addr, m, word, values, meant=False):
-    k = len(values)
-    n = word * k
-    S.fault_mask = m
-    a = pick(addr, m)
-    if space == "global":
-        host, parts = S.memory.locate(a, n)
-        index, data = host_index(host, word), HOST[word]
-        if S.global_races and not meant:
-            S.global_races.write(parts, a, word, k, pick(S.block_tag, m))
-        count_global(S, addr, m, n, "written")
-    else:
-        memory = S.shared if space == "shared" else S.local
-        region = pick(S.block if space == "shared" else S.home, m)
-        index = memory.index(region, a, n) >> _SHIFT[word]
-        data = memory.words[word]
-        if space == "shared":
-            count_shared(S, addr, m, n, "written")
+    index, data, parts = access(S, space, addr, m, word, len(values), "written")
+    if space == "global" and S.global_races and not meant:
+        S.global_races.write(parts, pick(addr, m), word, len(values), pick(S.block_tag, m))
+    races = S.races if space == "shared" and not meant else None
     for i, v in enumerate(values):
         j = index + index.dtype.type(i) if i else index
         v = pick(v, m)
+        if races:
+            races.write(j[:, None], word, pick(S.warp, m), (data[j] != v)[:, None])
         if space == "shared":
-            if S.races and not meant:
-                S.races.write(j[:, None], word, pick(S.warp, m), (data[j] != v)[:, None])
-            memory.mark(j, word)
+            S.shared.mark(j, word)
         data[j] = v
-        if space == "shared" and S.races and not meant:
-            S.races.check_written(j[:, None], word, pick(S.warp, m), (data[j] != v)[:, None])
+        if races:
+            races.check_written(j[:, None], word, pick(S.warp, m), (data[j] != v)[:, None])
 
 
 def by_window(S, addr, m):
@@ -346,7 +337,7 @@ def atomic(D, ins):
                 if S.stats is not None:
                     S.stats["global atomics"] += len(active)
             elif where == "shared":
-                index = S.shared.index(pick(S.block, sel), active, t.bytes) >> _SHIFT[t.bytes]
+                index = S.shared.index(pick(S.block, sel), active, t.bytes, t.bytes)
                 S.shared.check_written(index, t.bytes)
                 data = S.shared.words[t.bytes].view(view)
             else:

@@ -54,7 +54,7 @@ def shfl(D, ins):
     put = D.dst(outs[0], "b32")
     put_p = D.dst(outs[1], "pred") if len(outs) > 1 else None
     a, b, c, member = (D.src(x, "b32") for x in ins.operands[1:5])
-    constant_c = D.number(ins.operands[2 + 1], TYPES["b32"])
+    constant_c = D.number(ins.operands[3], TYPES["b32"])
     constant_b = D.number(ins.operands[2], TYPES["b32"])
 
     def source_lanes(b, c):
@@ -259,7 +259,7 @@ def ldmatrix(D, ins):
         uses = np.tile(8 * n > LANES, S.W)  # the lanes that give row addresses
         used = uses if m is None else uses & m
         S.fault_mask = used
-        index = S.shared.index(S.block[used], addr[used], 16) >> 2
+        index = S.shared.index(S.block[used], addr[used], 16, 4)
         index = index[:, None] + np.arange(4)
         S.shared.check_written(index, 4)
         if S.races:

@@ -40,7 +40,7 @@ class HostWords:
 
 
 HOST = {n: HostWords(f"u{n}") for n in (1, 2, 4, 8)}
-_SHIFT = {1: U64(0), 2: U64(1), 4: U64(2), 8: U64(3)}
+_SHIFT = {1: 0, 2: 1, 4: 2, 8: 3}
 WRITTEN = {1: np.uint8(1), 2: np.uint16(0x0101), 4: np.uint32(0x01010101), 8: U64(0x0101010101010101)}
 
 
@@ -210,8 +210,8 @@ class BlockMemory:
         flags = np.zeros_like(data) if track else None
         self.flags = {n: flags.view(f"u{n}") for n in (1, 2, 4, 8)} if track else None
 
-    def index(self, region, addr, n):
-        """Byte index of each access of n bytes at addr in its region, checked."""
+    def index(self, region, addr, n, word):
+        """Index into words[word] of each access of n bytes at addr in its region, checked."""
         if n > 1 and (addr & U64(n - 1)).any():
             lane = int(np.argmax(addr & U64(n - 1) != 0))
             raise Fault(
@@ -232,7 +232,7 @@ class BlockMemory:
                 detail=f"{n}-byte access in {self.space} memory of {self.size} bytes, "
                 f"{a + n - self.size} bytes past its end",
             )
-        return region * self.stride + addr.astype(np.int64)
+        return region * self.stride + addr.astype(np.int64) >> _SHIFT[word]
 
     def check_written(self, index, word):
         """index: word indices, first axis = lanes."""

@@ -1,8 +1,8 @@
 """The plain path through a loop with branches, for kernels whose options are asked at run time.
 
 Which way a branch goes is not in the code. Of all ways through the loop the plain one does all of its matrix
-products and all of its asynchronous copies, with the fewest other reads of global memory and then, but for
-the copies, the fewest instructions: no option is set, every row is there, nothing rare happens.
+products and all of its asynchronous copies, with the fewest other reads of global memory and then the
+fewest instructions: no option is set, every row is there, nothing rare happens.
 """
 
 from __future__ import annotations
@@ -22,17 +22,13 @@ def plain(kernel: Kernel, loop: Loop, copies: int) -> Loop:
     """`loop` with the plain path, on which a thread makes so many copies of 16 bytes: loops inside that copy
     run until it has, all as often, other loops inside once."""
     graph = {s: block for s, block in blocks(kernel.code).items() if s in loop.body}
-    # A loop of copies: where a row is there, its address is computed, the longer way.
-    back = [(s, end) for end, successors in graph.values() for s in successors if loop.header < s < end]
-    copying = [(s, end) for s, end in back if copies_of(kernel.code[s:end])]
     # Of a block: the cost from it on, and the next.
     best: dict[int, tuple[tuple[int, ...], int | None]] = {}
     for start in sorted(graph, reverse=True):
         end, successors = graph[start]
         code = kernel.code[start:end]
-        sign = -1 if any(s <= start < stop for s, stop in copying) else 1
         reads = sum(i.op in ("LDG", "LD") for i in code)
-        cost = -tensor_work(code), -copies_of(code), reads, sign * len(code)
+        cost = -tensor_work(code), -copies_of(code), reads, len(code)
         ways = [((0, 0, 0, 0), None)] if loop.header in successors else []
         ways += [(best[s][0], s) for s in successors if s > start and s in best]
         if ways:

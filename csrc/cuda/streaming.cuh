@@ -15,6 +15,9 @@
 namespace attnrec::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+// Threads of a block at most. How many such blocks an SM is to have at a time is what a kernel asks for in
+// `__launch_bounds__`: with 3 ptxas keeps to 168 registers, with 4 to 128, without a number to 255. In half
+// precision it is as many as do not spill; beside each number is what benches/model_cuda.py says of it.
 constexpr int kMostThreads = 128;
 // Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are
 // merged in order, by the same arithmetic whether one block runs all of them or a block each.
@@ -76,23 +79,67 @@ __device__ __forceinline__ void bound_seen(const Attention& a, const RowTile& ro
 
 // --- loads -------------------------------------------------------------------------------------------------
 
-// Rows to shared memory by the whole block, under way until `cp_async_wait`: zeros beyond `dim` and where
-// `row_at(r)` is null. `vectors`: rows begin at multiples of 16 bytes.
+// A row to be copied: zeros where it is not `there`, and nothing is read then.
+template <class T>
+struct Source {
+  const T* at;
+  bool there;
+};
+
+// Row n >= 0 of rows `stride` apart; n unsigned, which is two instructions less than signed.
+template <class T>
+__device__ __forceinline__ const T* row_behind(const T* first, int64_t stride, int n) {
+  return first + static_cast<uint32_t>(n) * stride;
+}
+
+// Rows of K tensors to shared memory by the whole block, under way until `cp_async_wait`, with zeros beyond
+// `dim`; `row_at(x, r)`: row r of tensor x, which goes `x * apart` behind `shared`. `vectors`: rows begin at
+// multiples of 16 bytes. A thread copies the same columns of each of its rows, and whether a row is there is
+// a matter of how many bytes it has, not of a branch: with branches this was half of the instructions of a
+// gradient's loop.
+template <class T, int D, int K, class RowAt>
+__device__ __forceinline__ void load_tiles(T* shared, int apart, int rows, const int (&dim)[K], bool vectors,
+                                           const RowAt& row_at) {
+  constexpr int kPiece = 16 / static_cast<int>(sizeof(T)), kPieces = D / kPiece;
+  constexpr int kAcross = kPieces < kWarp ? kPieces : kWarp;
+  const int column = threadIdx.x % kAcross * kPiece;
+  const auto for_each_piece = [&](const auto& copy) {
+    for (int r = threadIdx.x / kAcross; r < rows; r += blockDim.x / kAcross) {
+#pragma unroll
+      for (int x = 0; x < K; x++) {
+        const Source<T> row = row_at(x, r);
+#pragma unroll
+        for (int d = 0; d < D; d += kAcross * kPiece) {
+          copy(shared + x * apart + r * kStride<T, D> + column + d, row.at + column + d,
+               row.there ? dim[x] - column - d : 0);
+        }
+      }
+    }
+  };
+  bool whole = vectors;
+#pragma unroll
+  for (int x = 0; x < K; x++) whole &= dim[x] % kPiece == 0;
+  if (whole) {
+    for_each_piece([](T* to, const T* from, int count) { ptx::cp_async(to, from, count > 0 ? 16 : 0); });
+  } else if (vectors) {
+    for_each_piece([](T* to, const T* from, int count) {
+      ptx::cp_async(to, from, min(max(count, 0), kPiece) * static_cast<int>(sizeof(T)));
+    });
+  } else {
+    for_each_piece([](T* to, const T* from, int count) {
+#pragma unroll
+      for (int e = 0; e < kPiece; e++) to[e] = e < count ? from[e] : from_float<T>(0.0f);
+    });
+  }
+}
+
+// The same of one tensor, of which `row_at(r)` is null for zeros.
 template <class T, int D, class RowAt>
 __device__ __forceinline__ void load_tile(T* shared, int rows, int dim, bool vectors, const RowAt& row_at) {
-  constexpr int kPiece = 16 / static_cast<int>(sizeof(T)), kPieces = D / kPiece;
-  for (int i = threadIdx.x; i < rows * kPieces; i += blockDim.x) {
-    const int r = i / kPieces, d = i % kPieces * kPiece;
+  load_tiles<T, D, 1>(shared, 0, rows, {dim}, vectors, [&](int, int r) -> Source<T> {
     const T* row = row_at(r);
-    const int count = row ? min(max(dim - d, 0), kPiece) : 0;
-    T* to = shared + r * kStride<T, D> + d;
-    if (vectors) {
-      ptx::cp_async(to, count ? row + d : row, count * static_cast<int>(sizeof(T)));
-    } else {
-#pragma unroll
-      for (int e = 0; e < kPiece; e++) to[e] = e < count ? row[d + e] : from_float<T>(0.0f);
-    }
-  }
+    return {row, row != nullptr};
+  });
 }
 
 // The set: one or two tensors whose rows are read side by side, keys and values.
@@ -110,19 +157,25 @@ constexpr int kTile = D > 0 ? N * kStride<T, D> : 0;
 
 // Runs `step(row, tile0, tile1)` over the tiles of rows `first` (a multiple of N) to `last`, D0 and D1 wide;
 // D1 = 0: of one tensor. While one is worked on the next is loaded: `stages` holds two of each.
-// `row_at(x, row)`: the row in tensor x, or null for zeros. `load_more(row, to)` loads what belongs to the
-// tile beside, MORE elements behind tile1.
-template <class T, int D0, int D1, int N, int MORE, class RowAt, class LoadMore, class Step>
+// `row_at(x, row)`: the row in tensor x; where `shown(x, row)` is false it is zeros. `load_more(row, to)`
+// loads what belongs to the tile beside, MORE elements behind tile1.
+template <class T, int D0, int D1, int N, int MORE, class RowAt, class Shown, class LoadMore, class Step>
 __device__ __forceinline__ void stream_tiles(T* stages, int first, int last, const int (&dim)[2],
-                                             bool vectors, const RowAt& row_at, const LoadMore& load_more,
-                                             const Step& step) {
+                                             bool vectors, const RowAt& row_at, const Shown& shown,
+                                             const LoadMore& load_more, const Step& step) {
   constexpr int kSecond = kTile<T, D0, N>, kMore = kSecond + kTile<T, D1, N>, kStage = kMore + MORE;
   const auto load = [&](int row, T* stage) {
-    const auto of = [&](int x) {
-      return [&, x](int n) -> const T* { return row + n < last ? row_at(x, row + n) : nullptr; };
+    const auto at = [&](int x, int n) -> Source<T> {
+      return {row_at(x, row + n), row + n < last && shown(x, row + n)};
     };
-    load_tile<T, D0>(stage, N, dim[0], vectors, of(0));
-    if constexpr (D1 > 0) load_tile<T, D1>(stage + kSecond, N, dim[1], vectors, of(1));
+    if constexpr (D0 == D1 && sizeof(T) == 2) {  // the addresses of two spill beside what fp32 keeps
+      load_tiles<T, D0, 2>(stage, kSecond, N, dim, vectors, at);
+    } else {
+      load_tiles<T, D0, 1>(stage, 0, N, {dim[0]}, vectors, at);
+      if constexpr (D1 > 0) {
+        load_tiles<T, D1, 1>(stage + kSecond, 0, N, {dim[1]}, vectors, [&](int, int n) { return at(1, n); });
+      }
+    }
     load_more(row, stage + kMore);
     ptx::cp_async_commit();
   };
@@ -145,10 +198,8 @@ __device__ __forceinline__ void for_each_tile(const Set<T>& set, T* stages, int 
                                               const Shown& shown, const Step& step) {
   stream_tiles<T, D0, D1, N, 0>(
       stages, first, last, set.dim, set.vectors,
-      [&](int x, int event) -> const T* {
-        return shown(event, x) ? set.rows[x] + event * set.stride[x] : nullptr;
-      },
-      [](int, T*) {}, step);
+      [&](int x, int event) { return row_behind(set.rows[x], set.stride[x], event); },
+      [&](int x, int event) { return shown(event, x); }, [](int, T*) {}, step);
 }
 
 // --- scores ------------------------------------------------------------------------------------------------
@@ -201,29 +252,27 @@ __device__ __forceinline__ void for_each_score(float (&x)[NT][4], const Function
 template <int MT, int NT>
 __device__ __forceinline__ void mask_scores(float (&s)[MT][NT][4], const Scoring& scoring,
                                             const int (&seen)[MT][2], int event, bool masked) {
-  if (scoring.bias) {
-#pragma unroll
-    for (int j = 0; j < NT; j++) {
-#pragma unroll
-      for (int c = 0; c < 2; c++) {
-        const float bias = scoring.bias_at(event + column_of(j, c)) * scoring.bias_unit;
-#pragma unroll
-        for (int i = 0; i < MT; i++) {
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            float& x = s[i][j][2 * h + c];
-            x = bias == -infinity() ? bias : fmaf(x, scoring.factor, bias);
-          }
-        }
-      }
-    }
-  } else if (scoring.multiply) {
-#pragma unroll
-    for (int i = 0; i < MT; i++) {
+  if (scoring.multiply) {
+    if (scoring.bias) {
 #pragma unroll
       for (int j = 0; j < NT; j++) {
 #pragma unroll
-        for (int c = 0; c < 4; c++) s[i][j][c] *= scoring.factor;
+        for (int c = 0; c < 2; c++) {
+          const float bias = scoring.bias_at(event + column_of(j, c)) * scoring.bias_unit;
+#pragma unroll
+          for (int i = 0; i < MT; i++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+              float& x = s[i][j][2 * h + c];
+              x = bias == -infinity() ? bias : fmaf(x, scoring.factor, bias);
+            }
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < MT; i++) {
+        for_each_score(s[i], [&](float& x, int, int) { x *= scoring.factor; });
       }
     }
   }

@@ -134,6 +134,12 @@ struct RowNumbers {
   float self_weight, self_grad;      // P and dP of the self slot
 };
 
+// On an SM. A100: 155 cycles a thousand scores at D = 32, without a bound 175; 266 at 64, without 333.
+template <class Kind, int D>
+constexpr int kGradRowsBlocks = sizeof(typename Kind::T) == 4 ? 1
+                                : D > 32                      ? 3
+                                                              : 4;
+
 template <class Kind, int D>
 struct GradRowsMemory {
   using T = typename Kind::T;
@@ -146,9 +152,8 @@ struct GradRowsMemory {
 };
 
 template <class Kind, int D>
-__global__ __launch_bounds__(kMostThreads, 1) void grad_rows_kernel(const Attention a,
-                                                                    const AttentionGradient g,
-                                                                    const AttentionGradientLaunch p) {
+__global__ __launch_bounds__(kMostThreads, kGradRowsBlocks<Kind, D>) void grad_rows_kernel(
+    const Attention a, const AttentionGradient g, const AttentionGradientLaunch p) {
   using T = typename Kind::T;
   constexpr int N = kStreamed<Kind, D>, V = kColumns<D>, kParts = D / V;
   const Tile tile = find_tile(blockIdx.x, a.q_offsets, a.users, a.rows, p.candidates);
@@ -229,7 +234,6 @@ __global__ __launch_bounds__(kMostThreads, 1) void grad_rows_kernel(const Attent
     of[h] = numbers[own(h)];
   }
 
-  const T* set[2] = {row_of<T>(a.key, history.begin, kv_head), row_of<T>(a.value, history.begin, kv_head)};
   const Scoring scoring = scoring_of(a, p.factor, history, head);
   const bool some_hidden = a.visible.data || a.key_bias;
   const NonFinite bad{bad_events, D};
@@ -240,14 +244,22 @@ __global__ __launch_bounds__(kMostThreads, 1) void grad_rows_kernel(const Attent
     clear(grad[0]);
 #pragma unroll
     for (int h = 0; h < 2; h++) shift[h] = of[h].shift, total[h] = 0.0f;
-    const auto row_at = [&](int x, int event) -> const T* {
-      if (careful && scoring.bias && scoring.bias_at(event) == -infinity()) return nullptr;
-      return set[x] + event * (x ? a.value : a.key).row_stride;
-    };
-    const auto nothing_more = [](int, T*) {};
-    const int dims[2] = {a.head_dim, a.head_dim};
-    stream_tiles<T, D, D, N, 0>(
-        stages, 0, most, dims, p.set_vectors, row_at, nothing_more, [&](int event, T* keys, const T* values) {
+    const Set<T> set{{row_of<T>(a.key, history.begin, kv_head), row_of<T>(a.value, history.begin, kv_head)},
+                     {a.key.row_stride, a.value.row_stride},
+                     {a.head_dim, a.head_dim},
+                     p.set_vectors};
+    for_each_tile<T, D, D, N>(
+        set, stages, 0, most, [](int, int) { return true; },
+        [&](int event, T* keys, T* values) {
+          if (careful && scoring.bias) {
+            // What the bias hides is not computed with.
+            for (int i = threadIdx.x; i < N * D; i += blockDim.x) {
+              if (scoring.bias_at(event + i / D) != -infinity()) continue;
+              const int at = i / D * kStride<T, D> + i % D;
+              keys[at] = values[at] = from_float<T>(0.0f);
+            }
+            __syncthreads();
+          }
           float s[1][N / 8][4], dp[1][N / 8][4];
           scores<Kind, D, N, 1>(s, query, keys);
           scores<Kind, D, N, 1>(dp, grad_out, values);

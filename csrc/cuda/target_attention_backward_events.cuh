@@ -12,6 +12,10 @@ namespace attnrec::cuda {
 template <class Kind, int D>
 constexpr int kEventColumns = sizeof(typename Kind::T) == 4 && D > 64 ? 64 : kColumns<D>;
 
+// On an SM. A100, D = 32: 240 cycles a thousand scores, without a bound 283; a fourth spills, at 64 a third.
+template <class Kind, int D>
+constexpr int kGradEventsBlocks = sizeof(typename Kind::T) == 4 || D > 32 ? 1 : 3;
+
 template <class Kind, int D>
 struct GradEventsMemory {
   using T = typename Kind::T;
@@ -31,9 +35,10 @@ struct GradEventsLaunch : AttentionGradientLaunch {
 };
 
 template <class Kind, int D>
-__global__ __launch_bounds__(kMostThreads, 1) void grad_events_kernel(const Attention a,
-                                                                      const AttentionGradient g,
-                                                                      const GradEventsLaunch p) {
+__global__ __launch_bounds__(kMostThreads,
+                             kGradEventsBlocks<Kind, D>) void grad_events_kernel(const Attention a,
+                                                                                 const AttentionGradient g,
+                                                                                 const GradEventsLaunch p) {
   using T = typename Kind::T;
   using Memory = GradEventsMemory<Kind, D>;
   constexpr int N = Memory::kN, V = kEventColumns<Kind, D>, kParts = D / V;
@@ -120,9 +125,12 @@ __global__ __launch_bounds__(kMostThreads, 1) void grad_events_kernel(const Atte
 
     stream_tiles<T, D, D, N, Memory::kBeside>(
         stages, first, last, {a.head_dim, a.head_dim}, p.rows_vectors,
-        [&](int x, int r) -> const T* {
-          return row_of<T>(of_rows[x], p.by_heads.quotient(r), p.by_heads.remainder(r));
+        [&](int x, int r) {
+          const T* of_head = row_behind(static_cast<const T*>(of_rows[x].data), of_rows[x].head_stride,
+                                        p.by_heads.remainder(r));
+          return row_behind(of_head, of_rows[x].row_stride, p.by_heads.quotient(r));
         },
+        [](int, int) { return true; },
         // Rows that do not exist see nothing.
         [&](int r, T* to) {
           for (int i = threadIdx.x; i < kStatesOfTile * N; i += blockDim.x) {

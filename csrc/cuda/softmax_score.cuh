@@ -90,6 +90,8 @@ __device__ void chunk_logits(const SoftmaxScore& s, const Chunk& chunk, int lane
         for (int d = 0; d < kWidth<T>; d++) sum[i] = fmaf(x[i][d], of_user[d], sum[i]);
       }
     }
+    // As over_lanes, with the shuffles of all items in flight together: one after the other each waits for
+    // the one before.
     for (int distance = lanes >> 1; distance > 0; distance >>= 1) {
 #pragma unroll
       for (int i = 0; i < kTogether; i++) sum[i] += __shfl_xor_sync(~0u, sum[i], distance);

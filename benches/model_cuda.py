@@ -32,7 +32,7 @@ from benches.sassmodel.sass import find_tool
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 WARPS = 4  # of a block, by the launch plans, where users have many rows
-HEAD_DIMS = (32, 64)  # by default; 16 and 128 can be asked for
+HEAD_DIMS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ class Twin:
     rows: str  # of a tile of the stream, as C++
     tensors: int  # that stream
     flops: int  # of a score and head dim in the loop's products
-    native: Callable[[int], int] = lambda head_dim: head_dim  # of the CUDA C++ kernel
 
 
 def _row_blocks(head_dim: int) -> str:
@@ -72,24 +71,22 @@ TWINS = (
         "target_attention_backward._rows",
         "target_attention_backward.cuh",
         "grad_rows_kernel",
-        lambda head_dim: f"BFloat16, {max(head_dim, 32)}",
+        lambda head_dim: f"BFloat16, {head_dim}",
         "GradRowsMemory<{arguments}>::bytes({warps})",
         "kStreamed<{arguments}>",
         2,
         BACKWARD_ROWS,
-        lambda head_dim: max(head_dim, 32),
     ),
     Twin(
         "target_attention_backward",
         "target_attention_backward_events.grad_events",
         "target_attention_backward_events.cuh",
         "grad_events_kernel",
-        lambda head_dim: f"BFloat16, {max(head_dim, 32)}",
+        lambda head_dim: f"BFloat16, {head_dim}",
         "GradEventsMemory<{arguments}>::bytes({warps})",
         "kStreamed<{arguments}>",
         2,
         BACKWARD_EVENTS,
-        lambda head_dim: max(head_dim, 32),
     ),
     Twin(
         "catalog_cross_entropy",
@@ -151,12 +148,10 @@ def of_cuda(twin: Twin, arch: int, head_dim: int) -> Loop:
         shared, rows = map(int, subprocess.check_output([f"{folder}/sizes"], text=True).split())
         (cubin,) = Path(folder).glob("kernel*.cubin")
         kernel = load(cubin, 32 * WARPS, shared, twin.kernel, twin.kernel)
-    native = twin.native(head_dim)
-    copies = twin.tensors * -(
-        -rows * native // (8 * 32 * WARPS)
-    )  # of 8 numbers; in a small tile some warps copy none
+    # Of 8 numbers; in a small tile some warps copy none.
+    copies = twin.tensors * -(-rows * head_dim // (8 * 32 * WARPS))
     a = analyse(kernel, loop=plain(kernel, hot_loop(kernel), copies))
-    return Loop(a, a.flops / (twin.flops * native))
+    return Loop(a, a.flops / (twin.flops * head_dim))
 
 
 def of_triton(twin: Twin, arch: int, head_dim: int) -> Loop:
@@ -177,11 +172,11 @@ loop over whole tiles, of users with many rows.
 
 A CUDA C++ kernel asks for its options at run time, and which way a branch goes is not in the code. The model
 takes the *plain path*: of all ways through the loop that do all of its matrix products and asynchronous
-copies the one with the fewest other reads and then the fewest instructions, but for the loops that copy a
-tile: there the longer way, on which a row's address is computed. On it no option is set, no row ends inside
-the tile, and no row's softmax gets a new base, which happens a few times in a history; Triton's kernels do
-the work for a new base in every tile. An answer is the shorter one also where the usual one is an
-instruction or two longer, and in a copy the longer one. What is outside the loop is not compared.
+copies the one with the fewest other reads and then the fewest instructions. On it no option is set, rows
+begin and end at multiples of 16 bytes, no row ends inside the tile, and no row's softmax gets a new base,
+which happens a few times in a history; Triton's kernels do the work for a new base in every tile. An answer
+is the shorter one also where the usual one is an instruction or two longer. What is outside the loop is not
+compared.
 
 Left out: `softmax_score`, exact float32 and D = 256 (no matrix product, none, columns in two parts);
 `target_attention_top` and `catalog_topk`, where the data say how often something enters a list;
@@ -191,6 +186,16 @@ other loops. For those there are the counts of [gpu-status.md](gpu-status.md).
 In each cell: CUDA C++ / Triton. *Bound*: cycles of the busiest pipe for 1,000 scores, reached with enough
 warps; *cycles*: modelled with the warps that fit on an SM. The last column is Triton's cycles over CUDA
 C++'s: above 1 CUDA C++ is the faster, from 0.9 to 1.1 it is a tie.
+"""
+TAIL = """
+On an H100 Triton multiplies with wgmma, which reads its operands from shared memory by itself and takes no
+issue slots; these kernels have mma.sync on every chip, which has two thirds of its rate there and whose
+operands each warp loads for itself. On an A100 both have mma.sync.
+
+What they are there for, whichever is ahead: a C++ process without Python has no other kernels
+([backends.md](backends.md#without-python)), nothing is compiled at the first call, and a launch is a call in
+C++, without Triton's launcher in Python. In Python Triton comes first where it has the op, until a GPU has
+compared the two (`TRITON_FIRST` in `attnrec/ops/backends.py`).
 """
 COLUMNS = [
     "kernel",
@@ -237,13 +242,14 @@ def section(archs: Iterable[int], head_dims: Iterable[int], jobs: int) -> str:
         + ("" if not behind else ": " + "; ".join(f"{row[0]} {row[1]}" for row in behind))
         + "."
     )
+    lines.append(TAIL.rstrip())
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benches.model_cuda", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=[80, 90])
-    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS, choices=[16, 32, 64, 128])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS, choices=HEAD_DIMS)
     parser.add_argument("--docs", type=Path, help="write the section at the end of this page")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     arguments = parser.parse_args(argv)

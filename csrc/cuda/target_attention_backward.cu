@@ -13,7 +13,7 @@ GradRowsPlan plan_grad_rows(const Attention& a) {
   plan.candidates = 16 * blocks / plan.pack;
   plan.tiles = count_tiles(a.users, a.rows, plan.candidates);
   plan.head_tiles = a.heads / plan.pack;
-  for_backward_kernel(a, [&](auto kind, auto dim) {
+  for_kind_and_dim(a.element, a.tf32, a.head_dim, [&](auto kind, auto dim) {
     using Kind = decltype(kind);
     constexpr int D = decltype(dim)::value;
     plan.warps = blocks * (D / kColumns<D>);
@@ -29,7 +29,7 @@ cudaError_t launch_grad_rows(const Attention& a, const AttentionGradient& g, con
   launch.pack = plan.pack;
   launch.candidates = plan.candidates;
   const dim3 grid(static_cast<unsigned>(plan.tiles), plan.head_tiles);
-  const cudaError_t error = for_backward_kernel(a, [&](auto kind, auto dim) {
+  const cudaError_t error = for_kind_and_dim(a.element, a.tf32, a.head_dim, [&](auto kind, auto dim) {
     return launch_kernel(grad_rows_kernel<decltype(kind), decltype(dim)::value>, grid, kWarp * plan.warps,
                          plan.shared_bytes, stream, a, g, launch);
   });

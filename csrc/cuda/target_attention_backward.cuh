@@ -57,14 +57,6 @@ inline AttentionGradientLaunch gradient_launch(const Attention& a, const Attenti
           heads_of_sweep(a)};
 }
 
-// function(Kind{}, integral_constant<int, D>{}) of the kernels for `a`. A gradient in 16 columns runs in 32.
-template <class Function>
-auto for_backward_kernel(const Attention& a, const Function& function) {
-  return for_kind_and_dim(a.element, a.tf32, std::max(a.head_dim, 32), [&](auto kind, auto dim) {
-    return function(kind, std::integral_constant<int, std::max(dim(), 32)>{});
-  });
-}
-
 // --- what both passes need ---------------------------------------------------------------------------------
 
 // The careful run: 0 * NaN is NaN, so a value that is not finite must not reach the rows that do not see it.

@@ -11,7 +11,7 @@ GradEventsPlan plan_grad_events(const Attention& a) {
   const int blocks = row_blocks(events, a.head_dim, a.element);
   plan.events = 16 * blocks;
   plan.tiles = count_tiles(a.users, a.events, plan.events);
-  for_backward_kernel(a, [&](auto kind, auto dim) {
+  for_kind_and_dim(a.element, a.tf32, a.head_dim, [&](auto kind, auto dim) {
     using Kind = decltype(kind);
     constexpr int D = decltype(dim)::value;
     plan.warps = blocks * (D / kEventColumns<Kind, D>);
@@ -26,7 +26,7 @@ cudaError_t launch_grad_events(const Attention& a, const AttentionGradient& g, c
   const GradEventsLaunch launch{gradient_launch(a, g), plan.events,
                                 Divisor(static_cast<uint32_t>(heads_of_sweep(a)))};
   const dim3 grid(static_cast<unsigned>(plan.tiles), a.kv_heads);
-  return for_backward_kernel(a, [&](auto kind, auto dim) {
+  return for_kind_and_dim(a.element, a.tf32, a.head_dim, [&](auto kind, auto dim) {
     return launch_kernel(grad_events_kernel<decltype(kind), decltype(dim)::value>, grid, kWarp * plan.warps,
                          plan.shared_bytes, stream, a, g, launch);
   });

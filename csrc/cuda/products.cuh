@@ -9,7 +9,6 @@
 // 8 * j + 2 * t + c % 2.
 #pragma once
 
-#include <cstring>
 #include <type_traits>
 
 #include "cuda/element.cuh"
@@ -77,14 +76,6 @@ struct NonFinite {
   }
 };
 
-template <class Kind>
-__device__ __forceinline__ uint32_t finite_pair(uint32_t pair, const NonFinite& bad, int event, int column) {
-  using T = typename Kind::T;
-  T x[2];
-  memcpy(x, &pair, 4);
-  return Kind::pack(bad.take(to_float(x[0]), event, column), bad.take(to_float(x[1]), event + 1, column));
-}
-
 // --- 16-bit numbers: mma.sync over 16 of the reduction -----------------------------------------------------
 
 // The rows' side of `scores`, for MT blocks of 16 rows from `shared` on. HELD: read into registers once.
@@ -142,9 +133,9 @@ __device__ __forceinline__ void scores_half(float (&s)[MT][N / 8][4], const Rows
   }
 }
 
-template <class Kind, int D, int N, int MT, bool GUARDED, int W>
+template <class Kind, int D, int N, int MT, int W>
 __device__ __forceinline__ void weigh_half(float (&acc)[MT][D / 8][4], const float (&p)[MT][N / 8][4],
-                                           const typename Kind::T* tile, const NonFinite& bad, int event) {
+                                           const typename Kind::T* tile) {
   using T = typename Kind::T;
   const T* at = tile + (lane() / 8 % 2 * 8 + lane() % 8) * kStride<T, W> + lane() / 16 * 8;
 #pragma unroll
@@ -161,13 +152,6 @@ __device__ __forceinline__ void weigh_half(float (&acc)[MT][D / 8][4], const flo
     for (int j = 0; j < D / 16; j++) {
       uint32_t b[4];
       ptx::ldmatrix_trans(b, at + k * 16 * kStride<T, W> + j * 16);
-      if constexpr (GUARDED) {
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-          b[c] = finite_pair<Kind>(b[c], bad, event + k * 16 + c % 2 * 8 + lane() % 4 * 2,
-                                   j * 16 + c / 2 * 8 + lane() / 4);
-        }
-      }
 #pragma unroll
       for (int i = 0; i < MT; i++) {
         Kind::mma(acc[i][2 * j], a[i], b[0], b[1]);
@@ -231,9 +215,9 @@ __device__ __forceinline__ void scores_exact(float (&s)[MT][N / 8][4], const Any
 }
 
 // A weight is with one thread of the four that need it; they pass it round.
-template <int D, int N, int MT, bool GUARDED, int W>
+template <int D, int N, int MT, int W>
 __device__ __forceinline__ void weigh_exact(float (&acc)[MT][D / 8][4], const float (&p)[MT][N / 8][4],
-                                            const float* tile, const NonFinite& bad, int event) {
+                                            const float* tile) {
   static_assert(MT == 1);
   constexpr int S = kStride<float, W>;
 #pragma unroll
@@ -247,12 +231,7 @@ __device__ __forceinline__ void weigh_exact(float (&acc)[MT][D / 8][4], const fl
         const float* row = tile + n * S + lane() % 4 * 2;
 #pragma unroll
         for (int d = 0; d < D / 8; d++) {
-          float2 v = *reinterpret_cast<const float2*>(row + 8 * d);
-          if constexpr (GUARDED) {
-            const int column = 8 * d + lane() % 4 * 2;
-            v.x = bad.take(v.x, event + n, column);
-            v.y = bad.take(v.y, event + n, column + 1);
-          }
+          const float2 v = *reinterpret_cast<const float2*>(row + 8 * d);
           acc[0][d][0] = fmaf(p0, v.x, acc[0][d][0]);
           acc[0][d][1] = fmaf(p0, v.y, acc[0][d][1]);
           acc[0][d][2] = fmaf(p1, v.x, acc[0][d][2]);
@@ -285,9 +264,9 @@ __device__ __forceinline__ void scores_tf32(float (&s)[MT][N / 8][4], const AnyR
 
 // The reduction's numbers 2t and 2t + 1 of eight stand where the instruction has t and t + 4, on both sides:
 // so the weights need not change threads.
-template <int D, int N, int MT, bool GUARDED, int W>
+template <int D, int N, int MT, int W>
 __device__ __forceinline__ void weigh_tf32(float (&acc)[MT][D / 8][4], const float (&p)[MT][N / 8][4],
-                                           const float* tile, const NonFinite& bad, int event) {
+                                           const float* tile) {
   static_assert(MT == 1);
   constexpr int S = kStride<float, W>;
   const float* at = tile + lane() % 4 * 2 * S + lane() / 4;
@@ -297,12 +276,7 @@ __device__ __forceinline__ void weigh_tf32(float (&acc)[MT][D / 8][4], const flo
                            ptx::tf32(p[0][j][3])};
 #pragma unroll
     for (int d = 0; d < D / 8; d++) {
-      float b0 = at[j * 8 * S + 8 * d], b1 = at[(j * 8 + 1) * S + 8 * d];
-      if constexpr (GUARDED) {
-        const int n = event + 8 * j + lane() % 4 * 2, column = 8 * d + lane() / 4;
-        b0 = bad.take(b0, n, column);
-        b1 = bad.take(b1, n + 1, column);
-      }
+      const float b0 = at[j * 8 * S + 8 * d], b1 = at[(j * 8 + 1) * S + 8 * d];
       ptx::mma_tf32(acc[0][d], a, ptx::tf32(b0), ptx::tf32(b1));
     }
   }
@@ -322,18 +296,16 @@ __device__ __forceinline__ void scores(float (&s)[MT][N / 8][4], const Rows<Kind
   }
 }
 
-// GUARDED: values that are not finite are left out and noted in `bad`, the tile's first event being `event`.
 // The tile's rows are `W` wide; with `tile` at another column than the first, W > D weighs some of them.
-template <class Kind, int D, int N, int MT, bool GUARDED = false, int W = D>
+template <class Kind, int D, int N, int MT, int W = D>
 __device__ __forceinline__ void weigh(float (&acc)[MT][D / 8][4], const float (&p)[MT][N / 8][4],
-                                      const typename Kind::T* tile, const NonFinite& bad = {},
-                                      int event = 0) {
+                                      const typename Kind::T* tile) {
   if constexpr (std::is_same_v<Kind, Float32>) {
-    weigh_exact<D, N, MT, GUARDED, W>(acc, p, tile, bad, event);
+    weigh_exact<D, N, MT, W>(acc, p, tile);
   } else if constexpr (std::is_same_v<Kind, TFloat32>) {
-    weigh_tf32<D, N, MT, GUARDED, W>(acc, p, tile, bad, event);
+    weigh_tf32<D, N, MT, W>(acc, p, tile);
   } else {
-    weigh_half<Kind, D, N, MT, GUARDED, W>(acc, p, tile, bad, event);
+    weigh_half<Kind, D, N, MT, W>(acc, p, tile);
   }
 }
 

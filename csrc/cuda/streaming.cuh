@@ -234,6 +234,30 @@ __device__ __forceinline__ Scoring scoring_of(const Attention& a, float factor, 
   return scoring;
 }
 
+// The careful run: 0 * NaN is NaN, so a value that is not finite must not reach the rows that do not see it.
+// The usual loop does not look for such values; where its sums are not finite, the pass is run again, and
+// they are taken out of the tile before it is weighed, and noted by column and `number_of(row of the tile)`.
+template <class Kind, int D, int N, class NumberOf>
+__device__ __forceinline__ void take_out_non_finite(typename Kind::T* tile, const NonFinite& bad,
+                                                    const NumberOf& number_of) {
+  using T = typename Kind::T;
+  for (int i = threadIdx.x; i < N * D; i += blockDim.x) {
+    T& x = tile[i / D * kStride<T, D> + i % D];
+    x = from_float<T>(bad.take(to_float(x), number_of(i / D), i % D));
+  }
+}
+
+// In it, zeros in place of the rows that the bias hides. Each thread has the numbers of the tile that it has
+// in `take_out_non_finite`.
+template <class T, int D, int N>
+__device__ __forceinline__ void take_out_hidden(T* tile, const Scoring& scoring, int event) {
+  if (!scoring.bias) return;
+  for (int i = threadIdx.x; i < N * D; i += blockDim.x) {
+    if (scoring.bias_at(event + i / D) == -infinity())
+      tile[i / D * kStride<T, D> + i % D] = from_float<T>(0.0f);
+  }
+}
+
 // The event of column `c` of `s[j]`, counted in the tile.
 __device__ __forceinline__ int column_of(int j, int c) { return 8 * j + lane() % 4 * 2 + c % 2; }
 

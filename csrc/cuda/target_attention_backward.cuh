@@ -59,20 +59,6 @@ inline AttentionGradientLaunch gradient_launch(const Attention& a, const Attenti
 
 // --- what both passes need ---------------------------------------------------------------------------------
 
-// The careful run: 0 * NaN is NaN, so a value that is not finite must not reach the rows that do not see it.
-// The usual loop does not look for such values; where its sums are not finite, the pass is run again, and
-// they are taken out of the tile here, before it is weighed, and noted by column and `number_of(row of the
-// tile)`.
-template <class Kind, int D, int N, class NumberOf>
-__device__ __forceinline__ void take_out_non_finite(typename Kind::T* tile, const NonFinite& bad,
-                                                    const NumberOf& number_of) {
-  using T = typename Kind::T;
-  for (int i = threadIdx.x; i < N * D; i += blockDim.x) {
-    T& x = tile[i / D * kStride<T, D> + i % D];
-    x = from_float<T>(bad.take(to_float(x), number_of(i / D), i % D));
-  }
-}
-
 template <int NT>
 __device__ __forceinline__ bool non_finite(const float (&x)[NT][4], const bool (&counts)[2]) {
   bool found = false;
@@ -243,13 +229,9 @@ __global__ __launch_bounds__(kMostThreads, kGradRowsBlocks<Kind, D>) void grad_r
     for_each_tile<T, D, D, N>(
         set, stages, 0, most, [](int, int) { return true; },
         [&](int event, T* keys, T* values) {
-          if (careful && scoring.bias) {
-            // What the bias hides is not computed with.
-            for (int i = threadIdx.x; i < N * D; i += blockDim.x) {
-              if (scoring.bias_at(event + i / D) != -infinity()) continue;
-              const int at = i / D * kStride<T, D> + i % D;
-              keys[at] = values[at] = from_float<T>(0.0f);
-            }
+          if (careful) {
+            take_out_hidden<T, D, N>(keys, scoring, event);
+            take_out_hidden<T, D, N>(values, scoring, event);
             __syncthreads();
           }
           float s[1][N / 8][4], dp[1][N / 8][4];
@@ -292,7 +274,7 @@ __global__ __launch_bounds__(kMostThreads, kGradRowsBlocks<Kind, D>) void grad_r
             }
           }
           for_each_score(dp[0], [&](float& x, int j, int c) { x = s[0][j][c] * (x - shift[c / 2]); });
-          weigh<Kind, V, N, 1, false, D>(grad, dp, keys + first_column);
+          weigh<Kind, V, N, 1, D>(grad, dp, keys + first_column);
         });
     if (careful || !some_hidden || !__syncthreads_or(non_finite(grad[0], sees))) break;
     careful = true;

@@ -171,8 +171,8 @@ __global__ __launch_bounds__(kMostThreads,
             __syncthreads();
           }
           if (scoring.bias) for_each_score(ds[0], [&](float& x, int, int c) { grad_bias[c / 2] += x; });
-          weigh<Kind, V, N, 1, false, D>(grad_value, s, grad_outs + first_column);
-          weigh<Kind, V, N, 1, false, D>(grad_key, ds, queries + first_column);
+          weigh<Kind, V, N, 1, D>(grad_value, s, grad_outs + first_column);
+          weigh<Kind, V, N, 1, D>(grad_key, ds, queries + first_column);
         });
 
     if (careful) {

@@ -1,6 +1,6 @@
 """What the compiled sm_80 kernels execute, counted: what a profiler would be asked first.
 
-    python -m tests.ptxemu.counts [--json FILE] [--case WORD]
+    python -m tests.ptxemu.counts [--json FILE] [--case WORD] [--who NAME]
 
 Runs each op's kernels on small batches on the emulator and prints a row for each kernel: Triton's, on the
 same inputs the CUDA C++ ones where the op has them and there is nvcc, and in the causal cases also
@@ -228,9 +228,12 @@ CASES = [
 ]
 
 
-def rows_of(case):
+def rows_of(case, known):
     rows = []
     for who, function in case.functions().items():
+        if (case.name, who) in known:
+            rows += known[case.name, who]
+            continue
         kernels = counted(function, tunes=who == "flash-linear-attention")
         for kernel, counts in kernels.items():
             rows.append({"case": case.name, "who": who, "kernel": kernel, "scores": case.scores, **counts})
@@ -258,13 +261,20 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.ptxemu.counts")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--case", help="only cases whose name contains this")
+    parser.add_argument("--who", help="count only this one's kernels; --json keeps what it has of the others")
     options = parser.parse_args(argv)
-    rows = []
+    if options.who and not options.json:
+        parser.error("--who wants --json, a file that has the others")
+    rows, known = [], {}
+    if options.who:
+        for row in json.loads(options.json.read_text())["rows"]:
+            if row["who"] != options.who:
+                known.setdefault((row["case"], row["who"]), []).append(row)
     for make in CASES:
         case = make()
         if options.case and options.case not in case.name:
             continue
-        found = rows_of(case)
+        found = rows_of(case, known)
         print(table(found), flush=True)
         rows += found
     if options.json:

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from ptxemu import counts_page
 
+from attnrec.ops.backends import TRITON_FIRST
+
 ROOT = Path(__file__).resolve().parents[1]
+GPU_MODEL = ROOT / "docs" / "gpu-model.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -34,6 +37,23 @@ def test_links_lead_somewhere(page):
 
 def test_readme_has_code():
     assert len(blocks(ROOT / "README.md")) >= 4
+
+
+@pytest.mark.parametrize(
+    ("op", "kernels"),
+    [
+        ("target_attention", {"target_attention_kernel"}),
+        ("target_attention_backward", {"grad_rows_kernel", "grad_events_kernel"}),
+        ("catalog_cross_entropy", {"log_sum_kernel"}),
+    ],
+)
+def test_what_explain_says_of_the_model_is_on_its_page(op, kernels):
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) D=.* \| ([\d.]+) \|$", GPU_MODEL.read_text(), re.MULTILINE)
+    spans = []
+    for chip in ("A100", "H100"):
+        ratios = [ratio for kernel, of, ratio in rows if kernel in kernels and of == chip]
+        spans.append(f"{min(ratios, key=float)} to {max(ratios, key=float)}")
+    assert re.findall(r"[\d.]+ to [\d.]+", TRITON_FIRST[op]) == spans
 
 
 def test_counts_of_the_gpu_kernels_are_those_of_the_results():

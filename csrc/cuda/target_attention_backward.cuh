@@ -112,7 +112,7 @@ struct RowNumbers {
   float self_weight, self_grad;      // P and dP of the self slot
 };
 
-// On an SM. A100: 155 cycles a thousand scores at D = 32, without a bound 175; 266 at 64, without 333.
+// On an SM. A100: 155 cycles a thousand scores at D = 32, without a bound 175; 275 at 64, without 333.
 template <class Kind, int D>
 constexpr int kGradRowsBlocks = sizeof(typename Kind::T) == 4 ? 1
                                 : D > 32                      ? 3

@@ -229,12 +229,12 @@ CASES = [
 
 
 def rows_of(case, known):
-    rows = []
-    for who, function in case.functions().items():
+    rows, functions = [], case.functions()
+    for who in dict.fromkeys([*functions, *(who for name, who in known if name == case.name)]):
         if (case.name, who) in known:
             rows += known[case.name, who]
             continue
-        kernels = counted(function, tunes=who == "flash-linear-attention")
+        kernels = counted(functions[who], tunes=who == "flash-linear-attention")
         for kernel, counts in kernels.items():
             rows.append({"case": case.name, "who": who, "kernel": kernel, "scores": case.scores, **counts})
         if len(kernels) > 1:
@@ -265,9 +265,11 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if options.who and not options.json:
         parser.error("--who wants --json, a file that has the others")
-    rows, known = [], {}
+    rows, known, versions = [], {}, {}
     if options.who:
-        for row in json.loads(options.json.read_text())["rows"]:
+        before = json.loads(options.json.read_text())
+        versions = before["versions"]
+        for row in before["rows"]:
             if row["who"] != options.who:
                 known.setdefault((row["case"], row["who"]), []).append(row)
     for make in CASES:
@@ -279,7 +281,7 @@ def main(argv=None):
         rows += found
     if options.json:
         lines = ",\n".join(json.dumps(row) for row in rows)
-        head = json.dumps({"command": "python -m tests.ptxemu.counts", "versions": installed()})
+        head = json.dumps({"command": "python -m tests.ptxemu.counts", "versions": versions | installed()})
         options.json.write_text(f'{head[:-1]},\n"rows": [\n{lines}\n]}}\n')
 
 

@@ -8,7 +8,7 @@ namespace attnrec::cpu {
 namespace {
 
 template <class V>
-struct Pairs : RegisterBlock<V> {
+struct Pairs : RegisterBlock<V, Pairs<V>> {
   using Real = typename V::Real;
   using Item = uint32_t;  // elements 2i and 2i + 1
   static constexpr int W = V::kWidth;
@@ -59,11 +59,6 @@ struct Pairs : RegisterBlock<V> {
     }
   }
 
-  ATTNREC_INLINE void scores(int rows, const Item* block, const Item* panels, int registers, int head_dim,
-                             Real factor, const Real* bias, Real* to) {
-    attnrec::cpu::scores<V, Pairs>(rows, block, panels, registers, head_dim, factor, bias, to);
-  }
-
   // A register of a row's items from the i-th on. The scale comes in with `scaled`.
   ATTNREC_INLINE typename V::Reg load_part(const void* data, Element, int i, int head_dim, Real) {
     return V::load_pairs(static_cast<const BFloat16*>(data) + 2 * i, head_dim - 2 * i);
@@ -87,18 +82,14 @@ struct Pairs : RegisterBlock<V> {
     void pack(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide, bool) {
       const auto* from = static_cast<const BFloat16*>(data);
       for (int tile = 0; tile < n; tile += kKeys) {
-        bool all = true;
-        const int end = static_cast<int>(least(n, tile + kKeys));
-        for (int i = tile; i < round_up(end, 2); i += 2) {
-          const auto* first = hidden(hide, i) ? nullptr : from + i * stride;
-          const auto* second = i + 1 < n && !hidden(hide, i + 1) ? from + (i + 1) * stride : nullptr;
-          for (int d = 0; d < head_dim; d += 32) {
-            __builtin_prefetch(from + (i + kPrefetchEvents) * stride + d);
-            __builtin_prefetch(from + (i + 1 + kPrefetchEvents) * stride + d);
-          }
-          all &= V::interleave(first, second, head_dim, items + static_cast<int64_t>(i / 2) * width);
-        }
-        finite[tile / kKeys] = all;
+        const int count = static_cast<int>(least(kKeys, n - tile));
+        const auto row = [&](int i) ATTNREC_LAMBDA {
+          const BFloat16* numbers = from + (tile + i) * stride;
+          for (int d = 0; d < head_dim; d += 32) __builtin_prefetch(numbers + kPrefetchEvents * stride + d);
+          return hidden(hide, tile + i) ? kZeros : numbers;
+        };
+        finite[tile / kKeys] =
+            V::interleave(count, row, head_dim, items + static_cast<int64_t>(tile / 2) * width, width);
       }
     }
 
@@ -146,6 +137,7 @@ struct Pairs : RegisterBlock<V> {
       }
     }
 
+    static constexpr BFloat16 kZeros[kMostHeadDim] = {};
     int width;
     Item* items;
     bool* finite;

@@ -151,68 +151,127 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
 template <class V>
 struct Numbers;
 
-// A block of rows as products in vector registers read it: [chain][r][kChain items], at strides that the
-// compiler knows. (Interleaved, [d][r], it took 14 % of a small call to make.)
+// Scores of a tile, kKeys apart, as they come: what `scores` does with them if it is told nothing else.
 template <class V>
+struct KeepScores {
+  typename V::Real* to;
+
+  template <class... Registers>
+  ATTNREC_MEMBER void operator()(int r, int event, Registers... scores) const {
+    ((V::store(to + r * kKeys + event, scores), event += V::kWidth), ...);
+  }
+};
+
+// Products in vector registers. A block of rows lies as [chain][r][kChain items], at strides that the
+// compiler knows. (Interleaved, [d][r], it took 14 % of a small call to make.)
+template <class V, class Products>
 struct RegisterBlock {
+  using Real = typename V::Real;
   static constexpr int kRows = V::kRows;
+  static constexpr bool kInRegisters = V::kRoom;  // scores are best used before they are stored
 
   static int64_t items(int depth) { return kRows * round_up(depth, kChain); }
   static int place(int r, int d, int) { return (d / kChain * kRows + r) * kChain + d % kChain; }
+
+  // The scores of a block's rows against registers of packed events, times `factor` where rows have not had
+  // it, with the events' bias (or null), to sink(r, event, a panel's one or two registers). What is too deep
+  // for one chain is summed in `partial`, a tile of scores.
+  template <class Item, class Sink>
+  ATTNREC_INLINE void scores(int rows, const Item* block, const Item* panels, int registers, int head_dim,
+                             Real factor, const Real* bias, Real* partial, Sink sink) {
+    scores_of<V, Products>(rows, block, panels, registers, head_dim, factor, bias, partial, sink);
+  }
+  // The same, to a tile of scores.
+  template <class Item>
+  ATTNREC_INLINE void scores(int rows, const Item* block, const Item* panels, int registers, int head_dim,
+                             Real factor, const Real* bias, Real* to) {
+    scores(rows, block, panels, registers, head_dim, factor, bias, to, KeepScores<V>{to});
+  }
 };
 
-// scores[r][event] = Σ_d rows[r][d] · panel[d][event] + bias[event] (null: 0) for M rows and the first N
-// registers of a panel's events, where d counts the items of a row. Rows lie as `load_block` leaves them.
+// sum[r][j] = Σ_d rows[r][d] · panel[d][register j] for M rows and the first N registers of a panel's events,
+// over at most kChain items d of a row.
 template <class V, class Products, int M, int N>
-ATTNREC_INLINE void score_panel(const typename Products::Item* rows, const typename Products::Item* panel,
-                                int depth, typename V::Real factor, const typename V::Real* bias,
-                                typename V::Real* scores) {
+ATTNREC_INLINE void score_chain(const typename Products::Item* rows, const typename Products::Item* panel,
+                                int items, typename V::Reg (&sum)[M][N]) {
   constexpr int W = V::kWidth;
-  // Chains of at most kChain products, added up: with D = 256 in one chain the error was 3 times a GEMM's.
-  for (int begin = 0; begin < depth; begin += kChain, rows += V::kRows * kChain, panel += kChain * 2 * W) {
-    typename V::Reg sum[M][N];
 #pragma GCC unroll 8
-    for (int r = 0; r < M; r++) {
-      for (int j = 0; j < N; j++) sum[r][j] = V::zero();
-    }
-    const int steps = depth - begin < kChain ? depth - begin : kChain;
+  for (int r = 0; r < M; r++) {
+    for (int j = 0; j < N; j++) sum[r][j] = V::zero();
+  }
 #pragma GCC unroll 4
-    for (int d = 0; d < steps; d++) {
-      typename V::Reg k[N];
-      for (int j = 0; j < N; j++) k[j] = Products::load(panel + d * 2 * W + j * W);
-#pragma GCC unroll 8
-      for (int r = 0; r < M; r++) {
-        const typename V::Reg q = Products::set1(rows[r * kChain + d]);
-        for (int j = 0; j < N; j++) sum[r][j] = Products::multiply_add(q, k[j], sum[r][j]);
-      }
-    }
-    // The pipes that add have nothing else to do here: as a pass of its own the bias took 2 to 18 % of a
-    // call.
-    typename V::Reg b[N];
-    for (int j = 0; j < N; j++) b[j] = bias ? V::load(bias + j * W) : V::zero();
+  for (int d = 0; d < items; d++) {
+    typename V::Reg k[N];
+    for (int j = 0; j < N; j++) k[j] = Products::load(panel + d * 2 * W + j * W);
 #pragma GCC unroll 8
     for (int r = 0; r < M; r++) {
-      for (int j = 0; j < N; j++) {
-        typename V::Real* to = scores + r * kKeys + j * W;
-        const typename V::Reg s = Products::scaled(sum[r][j], factor);
-        V::store(to, V::add(begin ? V::load(to) : b[j], s));
-      }
+      const typename V::Reg q = Products::set1(rows[r * kChain + d]);
+      for (int j = 0; j < N; j++) sum[r][j] = Products::multiply_add(q, k[j], sum[r][j]);
     }
   }
 }
 
+// Hands sink(r, event, scores), N registers of them at a time, of M rows and the events of a panel's first N
+// registers, the first of which is number `event`: Σ_d rows[r][d] · panel[d][event …] + bias[event …] (null:
+// 0). Rows lie as `load_block` leaves them.
+template <class V, class Products, int M, int N, class Sink>
+ATTNREC_INLINE void score_panel(const typename Products::Item* rows, const typename Products::Item* panel,
+                                int depth, typename V::Real factor, const typename V::Real* bias, int event,
+                                typename V::Real* partial, Sink& sink) {
+  constexpr int W = V::kWidth;
+  typename V::Reg sum[M][N];
+  score_chain<V, Products>(rows, panel, depth < kChain ? depth : kChain, sum);
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++) {
+    for (int j = 0; j < N; j++) sum[r][j] = Products::scaled(sum[r][j], factor);
+  }
+  // The pipes that add have nothing else to do here: as a pass of its own the bias took 2 to 18 % of a call.
+  if (bias) {
+    typename V::Reg b[N];
+    for (int j = 0; j < N; j++) b[j] = V::load(bias + event + j * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      for (int j = 0; j < N; j++) sum[r][j] = V::add(sum[r][j], b[j]);
+    }
+  }
+  // Chains of at most kChain products, added up in memory: with D = 256 in one chain the error was 3 times a
+  // GEMM's.
+  for (int begin = kChain; begin < depth; begin += kChain) {
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      for (int j = 0; j < N; j++) V::store(partial + r * kKeys + event + j * W, sum[r][j]);
+    }
+    rows += V::kRows * kChain;
+    panel += kChain * 2 * W;
+    score_chain<V, Products>(rows, panel, depth - begin < kChain ? depth - begin : kChain, sum);
+#pragma GCC unroll 8
+    for (int r = 0; r < M; r++) {
+      for (int j = 0; j < N; j++) {
+        const typename V::Reg before = V::load(partial + r * kKeys + event + j * W);
+        sum[r][j] = V::add(before, Products::scaled(sum[r][j], factor));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < M; r++) {
+    if constexpr (N == 2)
+      sink(r, event, sum[r][0], sum[r][1]);
+    else
+      sink(r, event, sum[r][0]);
+  }
+}
+
 // The scores of M rows and `registers` registers of events, in panels of 2.
-template <class V, class Products, int M>
+template <class V, class Products, int M, class Sink>
 void score_block(const typename Products::Item* rows, const typename Products::Item* panel, int registers,
                  int head_dim, typename V::Real factor, const typename V::Real* bias,
-                 typename V::Real* scores) {
+                 typename V::Real* partial, Sink sink) {
   constexpr int W = V::kWidth;
   const int depth = Products::depth(head_dim);
-  for (; registers > 1; registers -= 2, panel += static_cast<int64_t>(2 * W) * depth, scores += 2 * W) {
-    score_panel<V, Products, M, 2>(rows, panel, depth, factor, bias, scores);
-    if (bias) bias += 2 * W;
-  }
-  if (registers > 0) score_panel<V, Products, M, 1>(rows, panel, depth, factor, bias, scores);
+  int event = 0;
+  for (; registers > 1; registers -= 2, event += 2 * W, panel += static_cast<int64_t>(2 * W) * depth)
+    score_panel<V, Products, M, 2>(rows, panel, depth, factor, bias, event, partial, sink);
+  if (registers > 0) score_panel<V, Products, M, 1>(rows, panel, depth, factor, bias, event, partial, sink);
 }
 
 // out[r][:] += Σ_i factor[r * factor_row + i * factor_step] · values[i][:], i in order, for M rows of `width`
@@ -272,9 +331,9 @@ void accumulate_block(const typename Products::Item* factor, int factor_row, int
 
 // Turns a run-time number of rows (1 … V::kRows) into the template's.
 template <class V, class Products, int M = V::kRows, class... Arguments>
-ATTNREC_INLINE void scores(int rows, Arguments... arguments) {
+ATTNREC_INLINE void scores_of(int rows, Arguments... arguments) {
   if constexpr (M > 1) {
-    if (rows < M) return scores<V, Products, M - 1>(rows, arguments...);
+    if (rows < M) return scores_of<V, Products, M - 1>(rows, arguments...);
   }
   score_block<V, Products, M>(arguments...);
 }
@@ -339,7 +398,7 @@ ATTNREC_INLINE typename V::Real dot(const typename V::Real* a, const typename V:
 }
 
 template <class V>
-struct Numbers : RegisterBlock<V> {
+struct Numbers : RegisterBlock<V, Numbers<V>> {
   using Real = typename V::Real;
   using Item = Real;
   static constexpr bool kShortExp = false;
@@ -357,13 +416,6 @@ struct Numbers : RegisterBlock<V> {
   static void pack_keys(const void* data, Element element, int64_t stride, int n, int head_dim,
                         const Real* hide, Item* panels) {
     pack_panels<V>(data, element, stride, n, head_dim, hide, panels);
-  }
-
-  // The scores of a block's rows against registers of packed events, times `factor` where rows have not had
-  // it, with the events' bias (or null).
-  ATTNREC_INLINE void scores(int rows, const Item* block, const Item* panels, int registers, int head_dim,
-                             Real factor, const Real* bias, Real* to) {
-    attnrec::cpu::scores<V, Numbers>(rows, block, panels, registers, head_dim, factor, bias, to);
   }
 
   // A register of a row's items from the d-th on.

@@ -61,9 +61,17 @@ struct StreamScratch {
         scores(arena.take<typename V::Real>(Products::kRows * kKeys)) {}
 };
 
+// Whether a readout takes scores as they leave the product's registers, before they are a tile.
+template <class Readout>
+constexpr bool takes_registers() {
+  if constexpr (requires { Readout::kTakesRegisters; }) return Readout::kTakesRegisters;
+  return false;
+}
+
 // Runs one unit. `readout.pack(first_event, n, hide)` prepares whatever else the readout needs of the packed
-// events (values), `readout.tile(Tile)` reads a tile of scores out. With a key_bias a unit holds one head
-// only.
+// events (values), `readout.tile(Tile)` reads a tile of scores out. A readout that takes registers gets the
+// scores before, by `readout.take(Tile, r, event, one or two registers of scores)`, those of hidden events
+// among them, and then a tile without scores. With a key_bias a unit holds one head only.
 template <class V, class Products, class Readout>
 void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Products>& scratch,
             Readout& readout) {
@@ -107,16 +115,41 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
           seen[r] = here > 0 ? here : 0;
         }
         const int count = static_cast<int>(least(kKeys, most - begin));
-        Products::scores(rows, scratch.rows,
-                         scratch.panels + static_cast<int64_t>(begin) * Products::depth(D),
-                         (count + W - 1) / W, D, factor, bias ? bias + begin : nullptr, scratch.scores);
-        for (int r = 0; r < rows; r++) {
-          const int tail = seen[r] / W * W;
-          if (tail == seen[r]) continue;
-          Real* s = scratch.scores + r * kKeys + tail;
-          V::store(s, V::first(V::load(s), seen[r] - tail, -std::numeric_limits<float>::infinity()));
+        const auto* panels = scratch.panels + static_cast<int64_t>(begin) * Products::depth(D);
+        const int registers = (count + W - 1) / W;
+        const Real* tile_bias = bias ? bias + begin : nullptr;
+        const Tile<V> tile{row, rows, packed + begin, begin, seen, scratch.scores};
+        if constexpr (takes_registers<Readout>()) {
+          // What all rows see takes no questions.
+          int fewest = seen[0];
+          for (int r = 1; r < rows; r++) fewest = seen[r] < fewest ? seen[r] : fewest;
+          const int whole = fewest / (2 * W) * 2;
+          Products::scores(rows, scratch.rows, panels, whole, D, factor, tile_bias, scratch.scores,
+                           [&](int r, int event, auto... scores)
+                               ATTNREC_LAMBDA { readout.take(tile, r, event, scores...); });
+          const int first = whole * W;
+          Products::scores(rows, scratch.rows, panels + static_cast<int64_t>(first) * Products::depth(D),
+                           registers - whole, D, factor, tile_bias ? tile_bias + first : nullptr,
+                           scratch.scores + first, [&](int r, int event, auto... scores) ATTNREC_LAMBDA {
+                             int left = seen[r] - first - event;
+                             if (left <= 0) return;
+                             const auto hide = [&](typename V::Reg& s) ATTNREC_LAMBDA {
+                               s = V::first(s, left, -std::numeric_limits<float>::infinity());
+                               left -= W;
+                             };
+                             (hide(scores), ...);
+                             readout.take(tile, r, first + event, scores...);
+                           });
+        } else {
+          Products::scores(rows, scratch.rows, panels, registers, D, factor, tile_bias, scratch.scores);
+          for (int r = 0; r < rows; r++) {
+            const int tail = seen[r] / W * W;
+            if (tail == seen[r]) continue;
+            Real* s = scratch.scores + r * kKeys + tail;
+            V::store(s, V::first(V::load(s), seen[r] - tail, -std::numeric_limits<float>::infinity()));
+          }
         }
-        readout.tile(Tile<V>{row, rows, packed + begin, begin, seen, scratch.scores});
+        readout.tile(tile);
       }
     }
   }
@@ -229,6 +262,19 @@ struct RunningSoftmax {
       sink(i, last);
       total = V::add(total, last);
     }
+    V::store(sum, total);
+  }
+  // Adds up exp2(score) of one or two registers of scores, and hands their registers to sink(powers ...).
+  template <class Sink, class... Registers>
+  ATTNREC_INLINE void add_registers(RunningSoftmax& self, int row, Sink&& sink, Registers... scores) {
+    static_assert(kBase == Base::kNothing);
+    Real* sum = self.lanes + static_cast<int64_t>(row) * W;
+    typename V::Reg total = V::load(sum);
+    const auto add_powers = [&](auto... powers) ATTNREC_LAMBDA {
+      sink(powers...);
+      ((total = V::add(total, powers)), ...);
+    };
+    add_powers(power(scores)...);
     V::store(sum, total);
   }
   // Takes in seen >= 1 scores and turns them into exp2(score - maximum). Returns `raise`'s factor.

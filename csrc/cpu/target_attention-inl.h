@@ -46,8 +46,18 @@ struct WeightedValue {
     values.pack(data, a.element, a.value.row_stride, n, a.head_dim, hide, unit.rows > kRowsWorthACopy);
   }
 
+  // Scores that need no maximum are used in the registers that they were summed in: bf16 on AVX-512 takes 3 %
+  // less time, 9 % where there are few rows. With AVX2's 16 registers it took 4 % more.
+  static constexpr bool kTakesRegisters = kBase == Base::kNothing && Products::kInRegisters;
+  template <class... Registers>
+  ATTNREC_MEMBER void take(const Tile<V>& t, int r, int event, Registers... scores) {
+    softmax.add_registers(
+        softmax, t.first_row + r,
+        [&](auto... powers) ATTNREC_LAMBDA { values.keep(r, event, t.scores, powers...); }, scores...);
+  }
+
   void tile(const Tile<V>& t) {
-    for (int r = 0; r < t.rows; r++) {
+    for (int r = 0; !kTakesRegisters && r < t.rows; r++) {
       if (t.seen[r] == 0) continue;
       Real* scores = t.scores + r * kKeys;
       const Real rescale = softmax.raise(softmax, t.first_row + r, t.seen[r], scores);

@@ -17,6 +17,7 @@ struct Tiles : Pairs<V> {
   using Item = uint32_t;
   using WithVectors = Pairs<V>;
   static constexpr int W = V::kWidth;
+  static constexpr bool kInRegisters = false;
   static constexpr int kTile = 16;         // rows of a tile, and items of a row
   static constexpr int kRows = 2 * kTile;  // of a block: each tile of keys or values serves two of rows
   static constexpr int kItem = sizeof(Item);

@@ -11,6 +11,7 @@ struct Avx2Vector {
   static constexpr bool kPairs = false;  // no products of bf16 pairs
   static constexpr bool kTiles = false;  // nor of tiles of them
   static constexpr int kRows = 6;        // 6 x 2 accumulators, 2 keys, 1 broadcast: 15 of 16 registers
+  static constexpr bool kRoom = false;
 
   ATTNREC_INLINE Reg set1(float x) { return _mm256_set1_ps(x); }
   ATTNREC_INLINE Reg zero() { return _mm256_setzero_ps(); }

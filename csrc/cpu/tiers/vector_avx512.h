@@ -12,6 +12,7 @@ struct Avx512Vector {
   static constexpr bool kTiles = false;  // nor of tiles of them
   // 8 x 2 accumulators hide the latency of 2 FMA pipes; broadcasts come from memory.
   static constexpr int kRows = 8;
+  static constexpr bool kRoom = true;  // in registers, beside the accumulators: 16 of 32
 
   ATTNREC_INLINE Reg set1(float x) { return _mm512_set1_ps(x); }
   ATTNREC_INLINE Reg zero() { return _mm512_setzero_ps(); }

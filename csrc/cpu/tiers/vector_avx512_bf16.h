@@ -45,25 +45,31 @@ struct Avx512Bf16Vector : Avx512Vector {
                                            7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
   }
-  // Rows a and b (null: zeros) of n numbers as items (a[d], b[d]), and zeros to the next whole register. Says
-  // whether all numbers are finite.
-  ATTNREC_INLINE bool interleave(const BFloat16* a, const BFloat16* b, int n, uint32_t* to) {
-    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39,
+  // Rows row(0) … row(count - 1) of n numbers in pairs: to[i / 2 * width + d] is the item (row i [d], row i +
+  // 1 [d]) of an even i, with zeros where there is no such row, and to the next whole register. Says whether
+  // all numbers are finite.
+  template <class Row>
+  ATTNREC_INLINE bool interleave(int count, Row&& row, int n, uint32_t* to, int64_t width) {
+    const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39,
                                            7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i exponent = _mm512_set1_epi16(0x7f80);
-    __mmask32 infinite = 0;
+    const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i largest = _mm512_setzero_si512();
     for (int d = 0; d < n; d += 32) {
-      const __m512i x = a ? part_of_32(a + d, n - d) : _mm512_setzero_si512();
-      const __m512i y = b ? part_of_32(b + d, n - d) : _mm512_setzero_si512();
-      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(x, exponent), exponent);
-      infinite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(y, exponent), exponent);
-      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(x, order, y));
-      if (d + 16 < n) {
-        const __m512i upper = _mm512_add_epi16(order, _mm512_set1_epi16(16));
-        _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(x, upper, y));
+      const __mmask32 there = first_of_32(n - d);
+      const auto part = [&](int i) ATTNREC_LAMBDA {
+        const __m512i numbers = _mm512_maskz_loadu_epi16(there, row(i) + d);
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(numbers, magnitude));
+        return numbers;
+      };
+      uint32_t* items = to + d;
+      for (int i = 0; i < count; i += 2, items += width) {
+        const __m512i x = part(i), y = i + 1 < count ? part(i + 1) : _mm512_setzero_si512();
+        _mm512_storeu_si512(items, _mm512_permutex2var_epi16(x, lower, y));
+        if (d + 16 < n) _mm512_storeu_si512(items + 16, _mm512_permutex2var_epi16(x, upper, y));
       }
     }
-    return !infinite;
+    return _mm512_cmpge_epu16_mask(largest, _mm512_set1_epi16(0x7f80)) == 0;
   }
   // 2^x to 3e-6: minimax as kExp2UpCoefficients, two powers less. On Zen 4 one set of pipes multiplies, and
   // another adds, rounds, scales and converts: the subtraction is given to the first. With two registers

@@ -12,6 +12,7 @@ struct PortableVector {
   static constexpr bool kPairs = false;  // no products of bf16 pairs
   static constexpr bool kTiles = false;  // nor of tiles of them
   static constexpr int kRows = 4;        // 4 x 2 accumulators leave room in 16 registers
+  static constexpr bool kRoom = false;
   typedef T Reg __attribute__((vector_size(kWidth * sizeof(T))));
 
   ATTNREC_INLINE Reg set1(Real x) { return Reg{x, x, x, x}; }

@@ -155,6 +155,11 @@ struct Pairs : RegisterBlock<V, Pairs<V>> {
     }
   }
 
+  // A register of each of two rows of weights, in the place of the first of them.
+  ATTNREC_INLINE void keep_rows(Real* to, typename V::Reg first, typename V::Reg second) {
+    V::store_pairs(as_items(to), V::pair(first, second));
+  }
+
   template <bool kApart>
   static void sum_rows(int events, const Real* weights, const Real* rows, int first, int last, int width,
                        Real* to) {

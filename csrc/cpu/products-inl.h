@@ -461,6 +461,11 @@ struct Numbers : RegisterBlock<V, Numbers<V>> {
   // Sums over rows into events, to[event] += Σ_r weights[r][event] · rows[r], of rows that `prepare` has
   // prepared in place. Rows of weights are kKeys apart.
   static void prepare(Real*, int, int) {}
+  // Keeps a register of each of two rows of weights, the first of which has its place at `to`.
+  ATTNREC_INLINE void keep_rows(Real* to, typename V::Reg first, typename V::Reg second) {
+    V::store(to, first);
+    V::store(to + kKeys, second);
+  }
   template <bool kApart>
   static void sum_rows(int events, const Real* weights, const Real* rows, int first, int last, int width,
                        Real* to) {

@@ -17,6 +17,7 @@ template <class V, class Products>
 struct Backward {
   using Real = typename V::Real;
   using Item = typename Products::Item;
+  using Softmax = RunningSoftmax<V, false, Base::kNothing, Products::kShortExp>;  // its exponential
   static constexpr int W = V::kWidth;
   // Rows whose P and dS are kept before they are multiplied into dV and dK: long sums, and 2 x 64 KiB of L2.
   static constexpr int kChunk = kRowsHeld / Products::kRows * Products::kRows;
@@ -40,6 +41,7 @@ struct Backward {
     grad_key = arena.take<Real>(events * width);
     grad_value = arena.take<Real>(events * width);
     grad_bias = arena.take<Real>(a.key_bias ? round_up(events, kKeys) : 0);
+    grad_bias_chunk = arena.take<Real>(a.key_bias ? span(a.head_dim) : 0);
     value_panels = arena.take<Item>(static_cast<int64_t>(span(a.head_dim)) * Products::depth(a.head_dim));
     query = arena.take<Real>(int64_t{kChunk} * width);
     grad_out = arena.take<Real>(int64_t{kChunk} * width);
@@ -54,7 +56,10 @@ struct Backward {
     const int64_t events = whole.last_event - whole.first_event;
     clear(grad_key, events * width);
     clear(grad_value, events * width);
-    if (a.key_bias) clear(grad_bias, round_up(events, kKeys));
+    if (a.key_bias) {
+      clear(grad_bias, round_up(events, kKeys));
+      clear(grad_bias_chunk, span(a.head_dim));
+    }
     for (int r = 0; r < whole.rows; r++) {
       const int64_t c = whole.candidate(r);
       const int h = whole.query_head(r);
@@ -94,43 +99,19 @@ struct Backward {
                      value_panels + static_cast<int64_t>(t.packed_event) * Products::depth(a.head_dim),
                      (most(t.seen, t.rows) + W - 1) / W, a.head_dim, Real{1}, nullptr, grad_weight);
     const int64_t at = (int64_t{t.packed_event} * kChunk) + int64_t{place} * kKeys;
-    int seen_here[Products::kRows];
-    for (int r = 0; r < t.rows; r++) {
+    int seen_here[Products::kRows + 1] = {};  // and none of a last row that has no other beside it
+    for (int r = 0; r < t.rows; r++)
       seen_here[r] = static_cast<int>(greatest(0, least(t.seen[r], seen[place + r] - t.packed_event)));
-      const int64_t row = whole_row(t.first_row + r);
-      const Real *s = t.scores + r * kKeys, *dp = grad_weight + r * kKeys;
-      Real *p = weight + at + r * kKeys, *ds = grad_score + at + r * kKeys;
-      const typename V::Reg lse = V::set1(base[row]), rest = V::set1(base_rest[row]);
-      Real less = shift[row];
-      const auto weight_at = [&](int i)
-                                 ATTNREC_LAMBDA { return power(V::sub(V::sub(V::load(s + i), lse), rest)); };
-      const auto take = [&](int i, typename V::Reg exact) ATTNREC_LAMBDA {
-        const typename V::Reg d = V::mul(exact, V::sub(V::load(dp + i), V::set1(less)));
-        V::store(p + i, exact);
-        // The weight is 0 from there on, but not 0 · NaN.
-        const typename V::Reg kept = V::first(d, seen_here[r] - i, 0);
-        V::store(ds + i, kept);
-        keys.keep(r, i, grad_score + at, kept);
-      };
-      if (t.first_event > 0 || seen_here[r] == 0 || seen_events(a, unit, t.first_row + r) > kKeys) {
-        for (int i = 0; i < seen_here[r]; i += W) take(i, weight_at(i));
-        continue;
+    for (int r = 0; r < t.rows; r += 2) {
+      const bool whole_here =
+          t.first_event == 0 && (is_whole(t, r) || (r + 1 < t.rows && is_whole(t, r + 1)));
+      if (whole_here) {
+        weigh_whole(t, r, seen_here[r]);
+        if (r + 1 < t.rows) weigh_whole(t, r + 1, seen_here[r + 1]);
+        two_rows<true>(t, r, seen_here, at);
+      } else {
+        two_rows<false>(t, r, seen_here, at);
       }
-      // The rounding of the lse makes all weights of a row wrong by one factor near 1, that of `out` its
-      // delta. Where all its events are here, as with a short history, both are known better: plain PyTorch,
-      // which keeps every weight, is nearly exact for the few heavy ones of such a row.
-      typename V::Reg sum = V::zero(), weighted = V::zero();
-      for (int i = 0; i < seen_here[r]; i += W) {
-        const typename V::Reg exp = weight_at(i);
-        V::store(p + i, exp);
-        sum = V::add(sum, exp);
-        weighted = V::fma(exp, V::first(V::load(dp + i), seen_here[r] - i, 0), weighted);
-      }
-      const Real factor = 1 / (V::sum(sum) + self_weight[row]);
-      less = (V::sum(weighted) + self_weight[row] * self_grad[row]) * factor - grad_lse(row);
-      self_weight[row] *= factor;
-      shift[row] = less;
-      for (int i = 0; i < seen_here[r]; i += W) take(i, V::mul(V::load(p + i), V::set1(factor)));
     }
     keys.accumulate_seen(t.rows, seen_here, grad_score + at, t.packed_event,
                          grad_query + whole_row(t.first_row) * width, static_cast<int64_t>(row_step) * width);
@@ -168,10 +149,70 @@ struct Backward {
   }
 
  private:
-  ATTNREC_INLINE typename V::Reg power(typename V::Reg x) {
-    if constexpr (Products::kShortExp) return V::exp2_short(x);
-    return V::exp2(x);
+  // The weight of score i of row r, from its log-sum-exp.
+  ATTNREC_MEMBER typename V::Reg weight_at(const Tile<V>& t, int r, int i) const {
+    const int64_t row = whole_row(t.first_row + r);
+    const typename V::Reg score = V::load(t.scores + r * kKeys + i);
+    return Softmax::power(V::sub(V::sub(score, V::set1(base[row])), V::set1(base_rest[row])));
   }
+
+  // Whether a tile with the first events has all that row r sees.
+  bool is_whole(const Tile<V>& t, int r) const { return seen_events(a, unit, t.first_row + r) <= kKeys; }
+
+  // Turns row r's scores into weights. The rounding of the lse makes all weights of a row wrong by one factor
+  // near 1, that of `out` its delta. Where all its events are here, as with a short history, both are known
+  // better: plain PyTorch, which keeps every weight, is nearly exact for the few heavy ones of such a row.
+  void weigh_whole(const Tile<V>& t, int r, int n) {
+    const int64_t row = whole_row(t.first_row + r);
+    Real* weights = t.scores + r * kKeys;
+    typename V::Reg sum = V::zero(), weighted = V::zero();
+    for (int i = 0; i < n; i += W) {
+      const typename V::Reg exp = weight_at(t, r, i);
+      V::store(weights + i, exp);
+      sum = V::add(sum, exp);
+      weighted = V::fma(exp, V::first(V::load(grad_weight + r * kKeys + i), n - i, 0), weighted);
+    }
+    if (n == 0 || !is_whole(t, r)) return;
+    const Real factor = 1 / (V::sum(sum) + self_weight[row]);
+    shift[row] = (V::sum(weighted) + self_weight[row] * self_grad[row]) * factor - grad_lse(row);
+    self_weight[row] *= factor;
+    for (int i = 0; i < n; i += W) V::store(weights + i, V::mul(V::load(weights + i), V::set1(factor)));
+  }
+
+  // P and dS of rows r and r + 1 of a tile, whose scores are weights already (kWeights) or not.
+  template <bool kWeights>
+  void two_rows(const Tile<V>& t, int r, const int* seen_here, int64_t at) {
+    const int n[] = {seen_here[r], seen_here[r + 1]};
+    typename V::Reg lse[2], rest[2], less[2];
+    for (int k = 0; k < 2; k++) {
+      const int64_t row = n[k] > 0 ? whole_row(t.first_row + r + k) : 0;
+      lse[k] = V::set1(base[row]), rest[k] = V::set1(base_rest[row]), less[k] = V::set1(shift[row]);
+    }
+    const auto step = [&](int i, auto all) ATTNREC_LAMBDA {
+      typename V::Reg p[2], ds[2];
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; k++) {
+        p[k] = ds[k] = V::zero();
+        if (!all && i >= n[k]) continue;
+        const typename V::Reg score = V::load(t.scores + (r + k) * kKeys + i);
+        p[k] = kWeights ? score : Softmax::power(V::sub(V::sub(score, lse[k]), rest[k]));
+        ds[k] = V::mul(p[k], V::sub(V::load(grad_weight + (r + k) * kKeys + i), less[k]));
+        // The weight is 0 from there on, but not 0 · NaN.
+        if (!all) ds[k] = V::first(ds[k], n[k] - i, 0);
+        if constexpr (!std::is_same_v<Item, Real>) keys.keep(r + k, i, grad_score + at, ds[k]);
+      }
+      Products::keep_rows(weight + at + r * kKeys + i, p[0], p[1]);
+      Products::keep_rows(grad_score + at + r * kKeys + i, ds[0], ds[1]);
+      if (!a.key_bias) return;
+      Real* sum = grad_bias_chunk + t.packed_event + i;
+      V::store(sum, V::add(V::add(V::load(sum), ds[0]), ds[1]));
+    };
+    const int both = n[0] < n[1] ? n[0] : n[1], either = n[0] < n[1] ? n[1] : n[0];
+    int i = 0;
+    for (; i + W <= both; i += W) step(i, std::true_type());
+    for (; i < either; i += W) step(i, std::false_type());
+  }
+
   static void clear(Real* p, int64_t n) {
     for (int64_t i = 0; i < n; i += W) V::store(p + i, V::zero());
   }
@@ -292,19 +333,20 @@ struct Backward {
     for (int begin = 0; begin < all; begin += kKeys) {
       const int count = static_cast<int>(least(kKeys, all - begin));
       Real *p = weight + int64_t{begin} * kChunk, *ds = grad_score + int64_t{begin} * kChunk;
-      for (int r = 0; r < filled; r++) {
-        const int64_t zeros = round_up(greatest(0, least(kKeys, seen[r] - begin)), W);
-        clear(p + r * kKeys + zeros, count - zeros);
-        clear(ds + r * kKeys + zeros, count - zeros);
+      for (int r = 0; r < filled; r += 2) {
+        const int either = r + 1 < filled && seen[r + 1] > seen[r] ? seen[r + 1] : seen[r];
+        const int64_t zeros = round_up(greatest(0, least(kKeys, either - begin)), W);
+        for (int64_t i = zeros; i < count; i += W) {
+          Products::keep_rows(p + r * kKeys + i, V::zero(), V::zero());
+          Products::keep_rows(ds + r * kKeys + i, V::zero(), V::zero());
+        }
       }
       for (int i = 0; a.key_bias && i < count; i += W) {
-        Real* sum = grad_bias + (packed - whole.first_event) + begin + i;
-        typename V::Reg total = V::zero();
-        for (int r = 0; r < filled; r++) total = V::add(total, V::load(ds + r * kKeys + i));
-        V::store(sum, V::add(V::load(sum), total));
+        Real *sum = grad_bias + (packed - whole.first_event) + begin + i,
+             *chunk = grad_bias_chunk + begin + i;
+        V::store(sum, V::add(V::load(sum), V::load(chunk)));
+        V::store(chunk, V::zero());
       }
-      Products::prepare(p, filled, kKeys);
-      Products::prepare(ds, filled, kKeys);
       // Rows that see none of these events are left out at both ends (visible = 1, 2, 3 …); between them they
       // have zeros, which would not do against a NaN: with one in the chunk, each event takes its own rows
       // only.
@@ -339,6 +381,7 @@ struct Backward {
   // / scale.
   Real *base, *base_rest, *shift, *self_weight, *self_grad, *grad_query;
   Real *grad_key, *grad_value, *grad_bias;       // of its events: dK / scale, dV, dbias
+  Real* grad_bias_chunk;                         // of the packed events, from the rows of the chunk
   Item* value_panels;                            // of the packed events
   typename Products::Values keys;                // of the packed events
   Real *query, *grad_out, *weight, *grad_score;  // of the chunk's rows; P and dS as [tile][row][kKeys]

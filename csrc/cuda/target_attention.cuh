@@ -8,10 +8,7 @@ namespace attnrec::cuda {
 
 // Events of a tile. Part of what a result's bits depend on, so a function of dtype and head dim alone.
 template <class Kind, int D>
-constexpr int kEvents = sizeof(typename Kind::T) == 4 ? (D <= 64 ? 32 : 16)
-                                                      : (D <= 32    ? 32
-                                                         : D <= 128 ? 32
-                                                                    : 16);
+constexpr int kEvents = sizeof(typename Kind::T) == 4 ? (D <= 64 ? 32 : 16) : (D <= 128 ? 32 : 16);
 
 // Beyond, a block's rows are read from shared memory at every tile: with the sums they do not fit in
 // registers.

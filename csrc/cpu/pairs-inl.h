@@ -83,13 +83,13 @@ struct Pairs : RegisterBlock<V, Pairs<V>> {
       const auto* from = static_cast<const BFloat16*>(data);
       for (int tile = 0; tile < n; tile += kKeys) {
         const int count = static_cast<int>(least(kKeys, n - tile));
-        const auto row = [&](int i) ATTNREC_LAMBDA {
-          const BFloat16* numbers = from + (tile + i) * stride;
-          for (int d = 0; d < head_dim; d += 32) __builtin_prefetch(numbers + kPrefetchEvents * stride + d);
-          return hidden(hide, tile + i) ? kZeros : numbers;
+        const auto numbers = [&](int i, int d) ATTNREC_LAMBDA {
+          const BFloat16* there = from + (tile + i) * stride + d;
+          __builtin_prefetch(there + kPrefetchEvents * stride);
+          return hidden(hide, tile + i) ? kZeros : there;
         };
         finite[tile / kKeys] =
-            V::interleave(count, row, head_dim, items + static_cast<int64_t>(tile / 2) * width, width);
+            V::interleave(count, numbers, head_dim, items + static_cast<int64_t>(tile / 2) * width, width);
       }
     }
 
@@ -137,7 +137,7 @@ struct Pairs : RegisterBlock<V, Pairs<V>> {
       }
     }
 
-    static constexpr BFloat16 kZeros[kMostHeadDim] = {};
+    static constexpr BFloat16 kZeros[32] = {};
     int width;
     Item* items;
     bool* finite;

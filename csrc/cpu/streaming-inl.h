@@ -240,6 +240,13 @@ struct RunningSoftmax {
     V::store(sum, V::mul(V::load(sum), V::set1(factor[0])));
     return factor[0];
   }
+  // Hands registers of exponentials to sink(powers ...) and adds them to a row's sum, one after the other.
+  template <class Sink, class... Registers>
+  ATTNREC_INLINE typename V::Reg add_powers(typename V::Reg total, Sink&& sink, Registers... powers) {
+    sink(powers...);
+    ((total = V::add(total, powers)), ...);
+    return total;
+  }
   // Adds up exp2(score - maximum) of `seen` scores, and hands their registers to sink(i, powers ...): two at
   // a time, the last one alone where their number is odd.
   template <class Sink>
@@ -252,16 +259,9 @@ struct RunningSoftmax {
       return power(kBase == Base::kNothing ? score : V::sub(score, base));
     };
     int i = 0;
-    for (; i + W < seen; i += 2 * W) {
-      const typename V::Reg first = power_at(i), second = power_at(i + W);
-      sink(i, first, second);
-      total = V::add(V::add(total, first), second);
-    }
-    if (i < seen) {
-      const typename V::Reg last = power_at(i);
-      sink(i, last);
-      total = V::add(total, last);
-    }
+    const auto keep = [&](auto... powers) ATTNREC_LAMBDA { sink(i, powers...); };
+    for (; i + W < seen; i += 2 * W) total = add_powers(total, keep, power_at(i), power_at(i + W));
+    if (i < seen) total = add_powers(total, keep, power_at(i));
     V::store(sum, total);
   }
   // Adds up exp2(score) of one or two registers of scores, and hands their registers to sink(powers ...).
@@ -269,13 +269,7 @@ struct RunningSoftmax {
   ATTNREC_INLINE void add_registers(RunningSoftmax& self, int row, Sink&& sink, Registers... scores) {
     static_assert(kBase == Base::kNothing);
     Real* sum = self.lanes + static_cast<int64_t>(row) * W;
-    typename V::Reg total = V::load(sum);
-    const auto add_powers = [&](auto... powers) ATTNREC_LAMBDA {
-      sink(powers...);
-      ((total = V::add(total, powers)), ...);
-    };
-    add_powers(power(scores)...);
-    V::store(sum, total);
+    V::store(sum, add_powers(V::load(sum), sink, power(scores)...));
   }
   // Takes in seen >= 1 scores and turns them into exp2(score - maximum). Returns `raise`'s factor.
   ATTNREC_INLINE Real step(RunningSoftmax& self, int row, int seen, Real* scores) {

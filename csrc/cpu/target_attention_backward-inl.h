@@ -149,11 +149,10 @@ struct Backward {
   }
 
  private:
-  // The weight of score i of row r, from its log-sum-exp.
-  ATTNREC_MEMBER typename V::Reg weight_at(const Tile<V>& t, int r, int i) const {
-    const int64_t row = whole_row(t.first_row + r);
-    const typename V::Reg score = V::load(t.scores + r * kKeys + i);
-    return Softmax::power(V::sub(V::sub(score, V::set1(base[row])), V::set1(base_rest[row])));
+  // Weights from scores and a row's log-sum-exp, which is in two numbers.
+  ATTNREC_INLINE typename V::Reg weights_of(typename V::Reg scores, typename V::Reg lse,
+                                            typename V::Reg rest) {
+    return Softmax::power(V::sub(V::sub(scores, lse), rest));
   }
 
   // Whether a tile with the first events has all that row r sees.
@@ -165,9 +164,10 @@ struct Backward {
   void weigh_whole(const Tile<V>& t, int r, int n) {
     const int64_t row = whole_row(t.first_row + r);
     Real* weights = t.scores + r * kKeys;
+    const typename V::Reg lse = V::set1(base[row]), rest = V::set1(base_rest[row]);
     typename V::Reg sum = V::zero(), weighted = V::zero();
     for (int i = 0; i < n; i += W) {
-      const typename V::Reg exp = weight_at(t, r, i);
+      const typename V::Reg exp = weights_of(V::load(weights + i), lse, rest);
       V::store(weights + i, exp);
       sum = V::add(sum, exp);
       weighted = V::fma(exp, V::first(V::load(grad_weight + r * kKeys + i), n - i, 0), weighted);
@@ -195,10 +195,11 @@ struct Backward {
         p[k] = ds[k] = V::zero();
         if (!all && i >= n[k]) continue;
         const typename V::Reg score = V::load(t.scores + (r + k) * kKeys + i);
-        p[k] = kWeights ? score : Softmax::power(V::sub(V::sub(score, lse[k]), rest[k]));
+        p[k] = kWeights ? score : weights_of(score, lse[k], rest[k]);
         ds[k] = V::mul(p[k], V::sub(V::load(grad_weight + (r + k) * kKeys + i), less[k]));
         // The weight is 0 from there on, but not 0 · NaN.
         if (!all) ds[k] = V::first(ds[k], n[k] - i, 0);
+        // For the product with keys; as numbers it is what `keep_rows` keeps.
         if constexpr (!std::is_same_v<Item, Real>) keys.keep(r + k, i, grad_score + at, ds[k]);
       }
       Products::keep_rows(weight + at + r * kKeys + i, p[0], p[1]);

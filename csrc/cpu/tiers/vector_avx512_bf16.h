@@ -45,11 +45,11 @@ struct Avx512Bf16Vector : Avx512Vector {
                                            7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
   }
-  // Rows row(0) … row(count - 1) of n numbers in pairs: to[i / 2 * width + d] is the item (row i [d], row i +
-  // 1 [d]) of an even i, with zeros where there is no such row, and to the next whole register. Says whether
-  // all numbers are finite.
-  template <class Row>
-  ATTNREC_INLINE bool interleave(int count, Row&& row, int n, uint32_t* to, int64_t width) {
+  // `count` rows of n numbers in pairs: to[i / 2 * width + d] is the item (row i [d], row i + 1 [d]) of an
+  // even i, with zeros where there is no such row, and to the next whole register. Row i's 32 numbers (or as
+  // many as it has) from the d-th on are at numbers(i, d). Says whether all numbers are finite.
+  template <class Numbers>
+  ATTNREC_INLINE bool interleave(int count, Numbers&& numbers, int n, uint32_t* to, int64_t width) {
     const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39,
                                            7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
@@ -58,9 +58,9 @@ struct Avx512Bf16Vector : Avx512Vector {
     for (int d = 0; d < n; d += 32) {
       const __mmask32 there = first_of_32(n - d);
       const auto part = [&](int i) ATTNREC_LAMBDA {
-        const __m512i numbers = _mm512_maskz_loadu_epi16(there, row(i) + d);
-        largest = _mm512_max_epu16(largest, _mm512_and_si512(numbers, magnitude));
-        return numbers;
+        const __m512i x = _mm512_maskz_loadu_epi16(there, numbers(i, d));
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(x, magnitude));
+        return x;
       };
       uint32_t* items = to + d;
       for (int i = 0; i < count; i += 2, items += width) {

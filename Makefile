@@ -48,10 +48,10 @@ $(VENV)/installed: build/extension pyproject.toml constraints.txt
 
 env: $(VENV)/installed ## the whole environment, extension included
 
-test: env lint aot ## environment, build, lint and all tests, those of the ops once per CPU tier and runner
+test: env lint aot ## environment, build, lint and all tests, those of the ops once per CPU tier, emulated AMX and runner
 	@echo "== tests: all, on this machine's best CPU tier"
 	$(BIN)/pytest -q --ignore tests/ptxemu
-	@$(MAKE) --no-print-directory tiers test-triton test-emulated
+	@$(MAKE) --no-print-directory tiers amx test-triton test-emulated
 
 # A process each, because the choice is made once in a process.
 tiers: env ## the ops' tests once for each lower CPU tier of this machine

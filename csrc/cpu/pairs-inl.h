@@ -155,6 +155,8 @@ struct Pairs : RegisterBlock<V, Pairs<V>> {
     }
   }
 
+  static int rows_read(int count) { return count; }
+
   // A register of each of two rows of weights, in the place of the first of them.
   ATTNREC_INLINE void keep_rows(Real* to, typename V::Reg first, typename V::Reg second) {
     V::store_pairs(as_items(to), V::pair(first, second));

@@ -461,6 +461,7 @@ struct Numbers : RegisterBlock<V, Numbers<V>> {
   // Sums over rows into events, to[event] += Σ_r weights[r][event] · rows[r], of rows that `prepare` has
   // prepared in place. Rows of weights are kKeys apart.
   static void prepare(Real*, int, int) {}
+  static int rows_read(int count) { return count; }  // of `count` rows; those behind have to be zeros
   // Keeps a register of each of two rows of weights, the first of which has its place at `to`.
   ATTNREC_INLINE void keep_rows(Real* to, typename V::Reg first, typename V::Reg second) {
     V::store(to, first);

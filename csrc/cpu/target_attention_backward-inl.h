@@ -334,8 +334,8 @@ struct Backward {
     for (int begin = 0; begin < all; begin += kKeys) {
       const int count = static_cast<int>(least(kKeys, all - begin));
       Real *p = weight + int64_t{begin} * kChunk, *ds = grad_score + int64_t{begin} * kChunk;
-      for (int r = 0; r < filled; r += 2) {
-        const int either = r + 1 < filled && seen[r + 1] > seen[r] ? seen[r + 1] : seen[r];
+      for (int r = 0; r < Products::rows_read(filled); r += 2) {
+        const int either = r < filled ? most(seen + r, r + 1 < filled ? 2 : 1) : 0;
         const int64_t zeros = round_up(greatest(0, least(kKeys, either - begin)), W);
         for (int64_t i = zeros; i < count; i += W) {
           Products::keep_rows(p + r * kKeys + i, V::zero(), V::zero());

@@ -126,10 +126,11 @@ struct Tiles : Pairs<V> {
     }
   };
 
-  // Sums over rows begin at a multiple of 32 rows; so many are prepared, zeros behind the last.
+  // Sums over rows go over multiples of 32 rows, with zeros behind the last.
+  static int rows_read(int count) { return static_cast<int>(round_up(count, kRows)); }
   static void prepare(Real* rows, int count, int width) {
     WithVectors::prepare(rows, count, width);
-    for (int64_t r = round_up(count, 2); r < round_up(count, kRows); r += 2) {
+    for (int64_t r = round_up(count, 2); r < rows_read(count); r += 2) {
       for (int d = 0; d < width; d += W)
         V::store_pairs(WithVectors::as_items(rows + r * width + d), V::zero());
     }

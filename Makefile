@@ -18,7 +18,7 @@ OP_TESTS := $(wildcard $(foreach op,target_attention softmax_score catalog,tests
 # What else says something of the Triton kernels.
 GPU_TESTS := $(OP_TESTS) $(addprefix tests/,test_op_registration.py test_checks.py test_functional.py test_compile.py test_kernels_memory.py)
 
-.PHONY: help env build test tiers test-triton test-emulated test-gpu aot lint sanitize amx aarch64 demo bench clean
+.PHONY: help env build test tiers test-triton test-emulated test-gpu aot lint sanitize amx aarch64 oldest demo bench clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -133,6 +133,9 @@ $(STANDALONE): tests/standalone/target_attention.cpp $(AARCH64)
 
 aarch64: $(VENV)/tools $(STANDALONE) ## compile csrc/cpu for aarch64, run it in qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
 	@if command -v qemu-aarch64 >/dev/null; then qemu-aarch64 $(STANDALONE); else echo "compiled; not run: there is no qemu-aarch64"; fi
+
+oldest: env ## compile the C++ sources against the headers of the oldest torch that is supported, downloaded for it
+	$(BIN)/python tests/standalone/oldest_torch.py
 
 demo: env ## environment, build, then the recommender on MovieLens-100k, into runs/demo
 	$(BIN)/python -m attnrec.recommender.demo --out runs/demo

@@ -18,10 +18,12 @@ CUDA_ARCHS = "8.0+PTX;9.0a;10.0;12.0"
 # A translation unit of kernel templates at -O3 needs up to about 1.5 GB.
 GIB_PER_JOB = 2.0
 
+# The languages' versions are named, since torch's helper adds one of its own otherwise: C++17 before 2.12.
 # No -march: what needs more than the baseline sits in the tier files and is chosen at run time. No
 # contraction: a*b+c is fused where a kernel says so and nowhere else, so that every compiler gives the same
 # bits. These come after Python's own flags, which ask for -O2 or debug information on some systems.
 CXX_FLAGS = (
+    "-std=c++20",
     "-O3",
     "-g0",
     "-ffp-contract=off",
@@ -172,7 +174,7 @@ def make_plan(
             *((EMULATE_AMX_FLAG,) if amx == "emulated" else ()),
             target,
         ],
-        nvcc_flags=["-O3", target],
+        nvcc_flags=["-std=c++17", "-O3", target],
         link_flags=["-fsanitize=address,undefined"] if sanitize else [],
         cuda=None if why_no_cuda else torch_cuda,
         why_no_cuda=why_no_cuda,

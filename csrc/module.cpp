@@ -3,6 +3,10 @@
 // torch ops register themselves when that is loaded, be it by Python with this module or by a C++ program
 // alone.
 
+// The copy of pybind11 in torch 2.11 refuses a file that is restricted to the stable ABI. Nothing here is of
+// that ABI.
+#undef TORCH_TARGET_VERSION
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>

@@ -51,6 +51,11 @@ class TestPlan:
         assert found.sources == ["csrc/cpu/kernels.cpp", "csrc/library.cpp"]
         assert found.depends == ["csrc/cpu/tiers/tiers.h"]
 
+    def test_the_languages_are_ours_not_the_default_of_a_torch(self, tree):
+        found = plan.make_plan(tree, {})
+        assert "-std=c++20" in found.cxx_flags
+        assert "-std=c++17" in found.nvcc_flags
+
     def test_no_flag_asks_for_this_machine(self, tree):
         flags = plan.make_plan(tree, {}).cxx_flags
         assert "-ffp-contract=off" in flags

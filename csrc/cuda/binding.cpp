@@ -21,9 +21,9 @@ bool tf32_is_allowed() { return tf32_allowed; }
 Launch::Launch(const Tensor& tensor) {
   const int32_t device = tensor.get_device_index();
   CUDAGuardHandle guard = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(device, &guard));
   guard_ = guard;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream_));
 }
 
 Launch::~Launch() { aoti_torch_delete_cuda_guard(static_cast<CUDAGuardHandle>(guard_)); }

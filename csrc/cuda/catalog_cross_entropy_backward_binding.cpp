@@ -16,8 +16,7 @@ std::pair<Tensor, Tensor> sorted(const Tensor& numbers) {
   using torch::stable::detail::to;
   std::array<StableIValue, 4> stack{from(numbers), from(std::optional<bool>(true)), from(int64_t{-1}),
                                     from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 

@@ -1,8 +1,8 @@
 """Compiles the C++ sources against the oldest torch that the package supports (`make oldest`).
 
 Its headers, and the default of its build helper, differ from those of the torch that the tests run with: its
-copy of pybind11 refuses what is restricted to the stable ABI, and macros are missing. Only the headers are taken
-out of its wheel, and nothing is linked or run. What nvcc compiles includes no header of torch.
+copy of pybind11 refuses what is restricted to the stable ABI, and macros are missing. Only the headers are
+taken out of its wheel, and nothing is linked or run. What nvcc compiles includes no header of torch.
 """
 
 import os

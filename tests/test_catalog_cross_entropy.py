@@ -296,12 +296,13 @@ def test_a_hidden_item_under_label_smoothing_gets_no_gradient():
 
 
 def test_nan_stays_with_its_row():
-    (users, table, target), _ = make(40, 200, 16)
+    rows = 100  # some in each quarter of a block of the Triton kernel that finishes their gradients
+    (users, table, target), _ = make(rows, 200, 16)
     expected = public(users, table, target)
     users[7] = NAN
     users.requires_grad_()
     loss = public(users, table, target)
-    others = torch.arange(40) != 7
+    others = torch.arange(rows) != 7
     assert torch.equal(loss[others], expected[others])
     assert loss[7].isnan()
     (grad,) = torch.autograd.grad(loss.sum(), users)

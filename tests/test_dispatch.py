@@ -214,6 +214,13 @@ class TestExplain:
         if extension is not None:
             assert said.reasons["cpu"] == "the tensors are on meta"
 
+    def test_what_autocast_makes_of_the_arguments(self):
+        query = BATCH.query.bfloat16()  # of a layer, while keys and values come from elsewhere
+        with torch.autocast("cpu", torch.bfloat16):
+            attnrec.target_attention(query, *BATCH.args[1:])
+            said = attnrec.explain(attnrec.target_attention, query, *BATCH.args[1:])
+        assert said.backend == ("reference" if extension is None else "cpu")
+
     def test_the_op_that_a_function_ends_in(self):
         said = attnrec.explain(attnrec.target_attention_weights, *BATCH.weights_args, top=2)
         assert said.op == "target_attention_top"

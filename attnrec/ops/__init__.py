@@ -23,7 +23,7 @@ from attnrec.ops import (
 )
 from attnrec.ops.backends import Explanation, use_backend
 from attnrec.ops.checks import debug
-from attnrec.ops.op import Op, device_of, is_differentiated, under_autocast
+from attnrec.ops.op import Op, is_differentiated, under_autocast
 
 __all__ = ["OPS", "Explanation", "Op", "call", "debug", "explain", "use_backend"]
 
@@ -69,25 +69,30 @@ def _below_autograd(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     )
 
 
+def _bound(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> backends.Call:
+    """The call as a backend would get it."""
+    op = OPS[name]
+    return backends.Call(op, under_autocast(op, op.bind(args, kwargs)))
+
+
 def call(name: str, *args: Any, **kwargs: Any) -> Any:
     """Runs an op. Bad arguments raise the ValueError or TypeError of `checks`, whichever backend met them."""
     if _explaining and _explaining == threading.get_ident():
-        raise _Explained(backends.Call(OPS[name], OPS[name].bind(args, kwargs)))
+        raise _Explained(_bound(name, args, kwargs))
     try:
         if _below_autograd(args, kwargs):
             with torch._C._AutoDispatchBelowAutograd():
                 return _functions[name](*args, **kwargs)
         return _functions[name](*args, **kwargs)
     except RuntimeError as error:
-        _raise_in_words(OPS[name], args, kwargs, error)
+        _raise_in_words(_bound(name, args, kwargs), error)
         raise
 
 
-def _raise_in_words(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any], error: RuntimeError) -> None:
+def _raise_in_words(call: backends.Call, error: RuntimeError) -> None:
     """What a compiled kernel refused, as the checks put it; nothing where they find no fault."""
-    arguments = under_autocast(op, op.bind(args, kwargs))
     try:
-        op.check(checks.reads_values(device_of(arguments)), **arguments)
+        call.op.check(checks.reads_values(call.device), **call.arguments)
     except (TypeError, ValueError) as said:
         raise said from error
 
@@ -103,7 +108,7 @@ def explain(function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Ex
     if isinstance(function, str):
         if function not in OPS:
             raise ValueError(f"no op {function!r}: there are {', '.join(OPS)}")
-        return backends.explanation(backends.Call(OPS[function], OPS[function].bind(args, kwargs)))
+        return backends.explanation(_bound(function, args, kwargs))
     _explaining = threading.get_ident()
     try:
         function(*args, **kwargs)

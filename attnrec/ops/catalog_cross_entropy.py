@@ -36,6 +36,8 @@ def check(
     for name, per_item in (("bias", bias), ("logq", logq)):
         if per_item is not None:
             checked.tensor(name, per_item, "[N]", (items,), (torch.float32, users.dtype))
+    checked.integer("ignore_index", ignore_index)
+    checked.number("label_smoothing", label_smoothing)
     if isinstance(label_smoothing, int | float) and not 0.0 <= label_smoothing <= 1.0:
         checked.fail("label_smoothing", "be from 0 to 1", label_smoothing)
     if negatives is not None:

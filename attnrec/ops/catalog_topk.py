@@ -29,8 +29,7 @@ def check(
     checked.tensor("users", users, "[B, D]", (None, None))
     checked.tensor("catalog", catalog, "[N, D]", (None, users.shape[1]), (users.dtype,))
     items = catalog.shape[0]
-    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt):
-        checked.fail("k", "be an integer", type(k).__name__, TypeError)
+    checked.integer("k", k)
     if isinstance(k, int) and isinstance(items, int) and not 0 <= k <= items:
         checked.fail("k", f"be from 0 to the size of the catalogue N = {items}", k)
     if (exclude_ids is None) != (exclude_offsets is None):

@@ -54,7 +54,7 @@ def _fits(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 class Check:
@@ -99,6 +99,10 @@ class Check:
             return
         if not math.isfinite(x) or (above is not None and x <= above):
             self.fail(name, "be finite" + ("" if above is None else f" and above {above:g}"), x)
+
+    def integer(self, name: str, x: Any) -> None:
+        if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+            self.fail(name, "be an integer", type(x).__name__, TypeError)
 
     def offsets(self, name: str, offsets: Tensor, rows_of: str, rows: int) -> None:
         """Values: starting at 0, rising, ending at the number of rows."""

@@ -20,8 +20,7 @@ def check(values: bool, **arguments: Any) -> None:
 def check_top(values: bool, top: Any, **arguments: Any) -> None:
     target_attention.check(values, op=FUNCTION, **arguments)
     checked = Check(FUNCTION, ("query", arguments["query"]))
-    if isinstance(top, bool) or not isinstance(top, int | torch.SymInt):
-        checked.fail("top", "be an integer", type(top).__name__, TypeError)
+    checked.integer("top", top)
     if isinstance(top, int) and top < 0:
         checked.fail("top", "be at least 0", top)
 

@@ -223,6 +223,52 @@ def test_errors_name_the_argument() -> None:
         ours(nested[0], nested[1], shorter)
 
 
+@pytest.mark.parametrize("path", ["fused", "pytorch"])
+@pytest.mark.parametrize(
+    ("name", "bad", "error", "message"),
+    [
+        ("q_offsets", [2, 1], ValueError, "q_offsets must end at 5, .* got 3"),
+        ("q_offsets", [2, 4], ValueError, "q_offsets must end at 5, .* got 6"),
+        ("q_offsets", [6, -1], ValueError, "q_offsets must not fall, got 6 and then 5"),
+        ("kv_offsets", [3, 5], ValueError, "kv_offsets must end at 7, .* got 8"),
+        ("kv_offsets", [3, 3, 1], ValueError, r"kv_offsets must have shape .*\[3\].*, got \[4\]"),
+        ("kv_offsets", [7], ValueError, r"kv_offsets must have shape .*\[3\].*, got \[2\]"),
+        (
+            "kv_lengths",
+            torch.tensor([4, 4]),
+            ValueError,
+            r"kv_lengths must .*room \(3\), got 4 at position 0",
+        ),
+        ("kv_lengths", torch.tensor([3]), ValueError, r"kv_lengths must have shape \[B\] = \[2\], got \[1\]"),
+        ("visible", torch.tensor([1, 1, 1, 5, 1]), ValueError, "visible must .*, got 5 at position 3"),
+        ("visible", torch.ones(4).long(), ValueError, r"visible must have shape \[T_c\] = \[5\], got \[4\]"),
+        ("visible", torch.ones(5), TypeError, "visible must be int32 or int64, got float32"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")
+def test_packed_input_that_does_not_fit(
+    path: str, name: str, bad: Any, error: type[Exception], message: str
+) -> None:
+    """Also where no kernel is called, which would refuse it."""
+    ours = FusedMultiHeadAttention(DIM, HEADS, dropout=0.1 if path == "pytorch" else 0.0)
+    query, history = torch.randn(5, DIM), torch.randn(7, DIM)
+    good = {"q_offsets": make_offsets([2, 3]), "kv_offsets": make_offsets([3, 4])}
+    bad = make_offsets(bad) if isinstance(bad, list) else bad
+    for is_causal in (False, True) if name != "visible" else (False,):
+        with pytest.raises(error, match=message):
+            ours(query, history, history, is_causal=is_causal, **good | {name: bad})
+
+
+def test_offsets_that_are_no_tensors() -> None:
+    ours, x = FusedMultiHeadAttention(DIM, HEADS), torch.randn(5, DIM)
+    for offsets, error, message in (
+        ([0, 2, 5], TypeError, "q_offsets must be a tensor, got list"),
+        (make_offsets([5])[:0], ValueError, r"q_offsets must have shape \[B \+ 1\], got \[0\]"),
+    ):
+        with pytest.raises(error, match=message):
+            ours(x, x, x, q_offsets=offsets, is_causal=True)
+
+
 def test_the_examples_of_the_documentation_run() -> None:
     text = (Path(__file__).parent.parent / "docs" / "drop-in.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.nn.functional import pad
 
-from .forms import JaggedInput, PaddedRows, check_dense, nested_rows, packed_rows, padded_weights
+from .forms import (
+    JaggedInput,
+    PaddedRows,
+    check_dense,
+    check_offsets,
+    nested_rows,
+    packed_rows,
+    padded_weights,
+)
 from .fused import Rows, attend
 from .masks import dense_mask, even_offsets, read_attn_mask, read_padding
 from .projections import MAX_HEAD_DIM, MIN_HEAD_DIM, project
@@ -262,6 +270,7 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
         self, batch: JaggedInput, need_weights: bool, average: bool, is_causal: bool
     ) -> tuple[Tensor, Any]:
         rows = batch.rows
+        check_offsets(rows)
         if is_causal:
             if rows.visible is not None:
                 raise ValueError("is_causal and visible say the same thing: give one of them")

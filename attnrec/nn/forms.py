@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attnrec.ops import target_attention
+from attnrec.ops.checks import reads_values
+
 from .fused import FusedWeights, Rows
 from .weights import pad_weights
 
@@ -145,10 +148,45 @@ def _values_and_offsets(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(parts), lengths.cumsum(0)
 
 
+def check_offsets(rows: Rows) -> None:
+    """Raises where offsets are not of one number of users; what else is wrong with them the kernels tell."""
+    for name, x in (("q_offsets", rows.q_offsets), ("kv_offsets", rows.kv_offsets)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    shape = rows.q_offsets.shape
+    if len(shape) != 1 or shape[0] == 0:
+        raise ValueError(f"q_offsets must have shape [B + 1], got {list(shape)}")
+    if rows.kv_offsets.shape != shape:
+        raise ValueError(
+            f"kv_offsets must have shape {list(shape)} as q_offsets, got {list(rows.kv_offsets.shape)}"
+        )
+
+
+def _check_rows(rows: Rows) -> None:
+    """The kernels' checks, for where no kernel is called."""
+
+    def of_a_head(x: Tensor) -> Tensor:  # under autocast the inputs' own dtypes may differ
+        return rows.query.new_empty(x.shape[0], 1, 1)
+
+    target_attention.check(
+        reads_values(rows.query.device),
+        op="FusedMultiHeadAttention",
+        query=of_a_head(rows.query),
+        key=of_a_head(rows.key),
+        value=of_a_head(rows.value),
+        q_offsets=rows.q_offsets,
+        kv_offsets=rows.kv_offsets,
+        kv_lengths=rows.kv_lengths,
+        visible=rows.visible,
+        self_value=None,
+    )
+
+
 class PaddedRows:
     """Rows padded to a dense batch, for PyTorch's attention."""
 
     def __init__(self, rows: Rows) -> None:
+        _check_rows(rows)
         self._rows = rows
         self._query_real = _real(rows.q_offsets.diff())
         self._key_real = _real(rows.kv_offsets.diff())

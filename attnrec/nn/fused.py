@@ -34,8 +34,11 @@ class Rows:
     def causal(self) -> Tensor:
         """`visible` of causal attention: a user's n-th candidate sees its first n events."""
         row = torch.arange(self.query.shape[0], dtype=self.q_offsets.dtype, device=self.query.device)
-        user = torch.searchsorted(self.q_offsets, row, right=True) - 1
-        return torch.minimum(row - self.q_offsets[user] + 1, self.kv_offsets.diff()[user])
+        # Offsets that end before the last row are refused where the kernels are called, and must come so far.
+        end = torch.searchsorted(self.q_offsets, row, right=True).clamp(max=self.q_offsets.shape[0] - 1)
+        begin = end - 1
+        room = self.kv_offsets[end] - self.kv_offsets[begin]
+        return torch.minimum(row - self.q_offsets[begin] + 1, room)
 
     def pair_offsets(self) -> Tensor:
         """Offsets `[B+1]` of the users' weights."""

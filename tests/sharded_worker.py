@@ -74,6 +74,9 @@ def bad_tables_are_refused():
     ):
         assert_raises(error, words, ShardedCatalog, wrong)
         assert_raises(error, words, ShardedCatalog.from_rows, wrong)
+    assert_raises(
+        ValueError, "dtype must be one of fp32, bf16, int8", ShardedCatalog, normal(4, 8), dtype="x"
+    )
     if RANKS > 1:  # one rank's are wrong, and every rank says so
         assert_raises(
             ValueError,
@@ -117,6 +120,22 @@ def filters_change_nothing_but_the_lse():
         assert torch.equal(got[0], scores)
         assert torch.equal(got[1], ids)
         assert (got[2] - lse).abs().max() <= 0.1
+
+
+@check
+def rows_that_an_optimizer_changes_are_filtered_anew():
+    """A filter of the old rows would hide the new ones."""
+    old, new, users = normal(20_000, 32), normal(20_000, 32, seed=2), normal(6, 32, seed=1)
+    want = attnrec.catalog_topk(users, new, 40)
+    for dtype in ("fp32", "bf16", "int8"):
+        rows = own(old).clone().requires_grad_()
+        catalog = ShardedCatalog.from_rows(rows, dtype=dtype)
+        catalog.topk(users, 40)
+        with torch.no_grad():
+            rows.copy_(own(new))
+        got = catalog.topk(users, 40)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
 
 
 @check
@@ -197,6 +216,7 @@ def bad_questions_are_refused():
     )
     assert_raises(ValueError, "logq must not require", loss, users, target, logq=normal(20).requires_grad_())
     assert_raises(ValueError, "label_smoothing must be from 0 to 1", loss, users, target, label_smoothing=2.0)
+    assert_raises(TypeError, "ignore_index must be an integer", loss, users, target, ignore_index=None)
     assert_raises(ValueError, "ids must be from 0", catalog.lookup, torch.tensor([-1]))
 
 

@@ -373,6 +373,8 @@ def refusals():
     return {
         "update: a float id": (lambda c: c.update(torch.ones(2), rows), "ids must be int32 or int64"),
         "update: half an id": (lambda c: c.update([0, 1.5], rows), "ids must be int32 or int64"),
+        "update: ids of no kind": (lambda c: c.update("ab", rows), "ids must be a tensor or .*, got 'ab'"),
+        "update: ragged ids": (lambda c: c.update([[0], [1, 2]], rows), "ids must be a tensor or a sequence"),
         "update: ids of two dims": (lambda c: c.update(torch.ones(1, 2).long(), rows), r"ids .* \[m\]"),
         "update: too large an id": (lambda c: c.update([0, 10], rows), r"ids must be .* \(9\), got 10"),
         "update: a negative id": (lambda c: c.update([0, -1], rows), "ids must be from 0"),

@@ -168,6 +168,8 @@ def test_foreign_files(path, tmp_path):
         Catalog.load(path)
     with pytest.raises(FileNotFoundError, match="no catalogue"):
         Catalog.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no catalogue"):
+        Catalog.load(tmp_path)  # a folder
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def write(path: Path, items: Items, dtype: str) -> None:
 def read(path: Path, mmap: bool) -> tuple[Items, str]:
     """Items and dtype; see `Catalog.load`."""
     safetensors = _safetensors()
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"no catalogue {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:

@@ -127,7 +127,10 @@ class Catalog:
             items = self._items
             check = Check("Catalog.update", ("the catalogue", items.rows))
             if not isinstance(ids, Tensor):
-                ids = torch.as_tensor(ids, device=items.rows.device)
+                try:
+                    ids = torch.as_tensor(ids, device=items.rows.device)
+                except (TypeError, ValueError):
+                    check.fail("ids", "be a tensor or a sequence of integers", repr(ids), TypeError)
                 ids = ids if ids.numel() else ids.long()  # an empty list is one of floats
             check.tensor("ids", ids, "[m]", (None,), INTEGERS)
             if rows is None and bias is None:

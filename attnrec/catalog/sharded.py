@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from attnrec.catalog import sharded_checkpoint
+from attnrec.catalog.filters import DTYPES
 from attnrec.catalog.packed import Catalog
 from attnrec.catalog.search import Answer, Exclude
 from attnrec.catalog.sharded_checkpoint import Saved, evenly
@@ -86,8 +87,11 @@ class ShardedCatalog:
         return cls.__new__(cls)._set(rows, Sharding(ranks, tuple(starts)), dtype)
 
     def _set(self, rows: Tensor, sharding: Sharding, dtype: Dtype) -> ShardedCatalog:
+        if dtype not in DTYPES:
+            raise ValueError(f"ShardedCatalog: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         self._rows, self._sharding, self._dtype = rows, sharding, dtype
         self._packed: Catalog | None = None
+        self._version: int | None = None  # of the rows that are packed, where they have a gradient
         return self
 
     def __len__(self) -> int:
@@ -130,8 +134,7 @@ class ShardedCatalog:
         """
         checked = Check("ShardedCatalog.topk", ("users", users))
         checked.tensor("users", users, "[B, D]", (None, self._rows.shape[1]), (self._rows.dtype,))
-        if isinstance(k, bool) or not isinstance(k, int):
-            checked.fail("k", "be an integer", type(k).__name__, TypeError)
+        checked.integer("k", k)
         if not 0 <= k <= len(self):
             checked.fail("k", f"be from 0 to the size of the catalogue N = {len(self)}", k)
         group, counts = self._sharding.group, None
@@ -203,6 +206,7 @@ class ShardedCatalog:
         checked.tensor("users", users, "[T, D]", (None, self._rows.shape[1]), (self._rows.dtype,))
         checked.tensor("target", target, "[T]", (users.shape[0],), INTEGERS)
         checked.number("temperature", temperature, above=0.0)
+        checked.integer("ignore_index", ignore_index)
         checked.number("label_smoothing", label_smoothing)
         if not 0.0 <= label_smoothing <= 1.0:
             checked.fail("label_smoothing", "be from 0 to 1", label_smoothing)
@@ -283,8 +287,10 @@ class ShardedCatalog:
         return checked
 
     def _catalog(self) -> Catalog:
-        if self._packed is None:
-            self._packed = Catalog.pack(self._rows.detach(), self._dtype)
+        # Rows with a gradient are changed by their optimizer: a filter of the old ones would lose items.
+        version = self._rows._version if self._rows.requires_grad else None
+        if self._packed is None or version != self._version:
+            self._packed, self._version = Catalog.pack(self._rows.detach(), self._dtype), version
         return self._packed
 
     # --- files ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 import recommender_data
@@ -104,9 +105,10 @@ def test_explain(folder, run, tmp_path, capsys):
         (["recommend", "--user", "u1", "--event", "i3"], "event 'i3': want ITEM=RATING"),
         (["recommend", "--user", "u1", "--event", "nothing=3"], "no item 'nothing'"),
         (["evaluate", "--run", "nowhere"], "no checkpoint"),
+        (["recommend", "--user", "u1", "--event", "i3=inf"], "event 'i3=inf': want ITEM=RATING"),
         (["evaluate", "--data", "nowhere"], "want one .inter file"),
     ],
-    ids=["user", "item", "event", "event item", "run", "data"],
+    ids=["user", "item", "event", "event item", "run", "event rating", "data"],
 )
 def test_mistakes_are_told_in_a_line(folder, run, capsys, command, message):
     places = [] if "--data" in command else ["--data", str(folder)]
@@ -115,6 +117,37 @@ def test_mistakes_are_told_in_a_line(folder, run, capsys, command, message):
     printed = " ".join(capsys.readouterr().out.split())
     assert message in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("head", "events", "message"), [("retrieval", 3, "no user has four events"), ("ranking", 9, "ten events")]
+)
+def test_users_with_too_few_events_to_train_on(head, events, message, tmp_path, capsys):
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    lines += [f"u{user}\ti{event}\t{event % 5}\t{event}" for user in range(5) for event in range(events)]
+    (tmp_path / "few.inter").write_text("\n".join(lines))
+    command = ["train", "--head", head, "--data", str(tmp_path), "--run", str(tmp_path / "run")]
+    assert cli.main(command) == 1
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("main", [lambda epochs: cli.main(["train", *epochs]), demo.main])
+@pytest.mark.parametrize("epochs", ["0", "-1"])
+def test_no_epochs_are_refused(main, epochs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--epochs", epochs])
+    assert f"--epochs: {epochs} is not positive" in capsys.readouterr().err
+
+
+def test_demo_where_some_users_have_no_events(folder, tmp_path):
+    """They are in the `.user` file, first and last."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    header, *users = (data / "tiny.user").read_text().splitlines()
+    nobody = [f"{name}\t20\tM\tother" for name in ("first", "last")]
+    (data / "tiny.user").write_text("\n".join([header, nobody[0], *users, nobody[1]]) + "\n")
+    assert demo.main(["--data", str(data), "--out", str(tmp_path / "out"), "--epochs", "1"]) == 0
+    assert (tmp_path / "out" / "report.html").read_text().count("<section>") == 3
 
 
 def test_every_command_has_help(capsys):

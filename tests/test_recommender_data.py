@@ -14,7 +14,7 @@ pytest.importorskip(
 )
 
 from attnrec.recommender import movielens
-from attnrec.recommender.atomic import AtomicFileError, read_atomic
+from attnrec.recommender.atomic import AtomicFileError, DataSetError, read_atomic
 from attnrec.recommender.data import TEST, TRAIN, VALID, Fields, load, ranking_split, retrieval_split
 from attnrec.recommender.features import Categories, Dense, Statistics, encode
 from attnrec.recommender.tasks import encode_data, popularity, shuffle_ties
@@ -52,13 +52,27 @@ def test_windows_line_ends_and_empty_lines_at_the_end(tmp_path):
         ("a:token\tb:float\nx\t1\ty\n", 2, "3 fields"),
         ("a:token\tb:float\nx\t1\n\n\ny\t1\n", 3, "an empty line"),
         ("a:token\tb:float\nx\tone\n", 2, "column b (float): got 'one'"),
+        ("a:token\tb:float\nx\tinf\n", 2, "column b (float): got 'inf'"),
+        ("a:token\tb:float_seq\nx\t1 -inf\n", 2, "column b (float_seq): got '1 -inf'"),
         ("a:token\tb:float_seq\nx\t1 two\n", 2, "column b (float_seq): got '1 two'"),
         ("a:token\tb:number\n", 1, "header field 'b:number'"),
         ("a:token\ta:float\n", 1, "column a is there twice"),
         ("a\n", 1, "header field 'a'"),
         ("", 1, "header field ''"),
     ],
-    ids=["short", "long", "blank", "number", "numbers", "type", "twice", "untyped", "empty"],
+    ids=[
+        "short",
+        "long",
+        "blank",
+        "number",
+        "infinite",
+        "infinite in a row",
+        "numbers",
+        "type",
+        "twice",
+        "untyped",
+        "empty",
+    ],
 )
 def test_malformed_rows_are_reported_by_file_and_line(tmp_path, text, line, message):
     path = write(tmp_path / "bad.inter", text)
@@ -91,11 +105,12 @@ def test_events_are_in_order_of_time_then_row(tmp_path):
     [
         (INTER + "a\tx\t\t5\n", {}, r"t\.inter:2: an event without"),
         ("user_id:token\titem_id:token\ttimestamp:float\na\tx\t5\n", {}, "no column rating"),
+        (INTER, {}, r"t\.inter: no events"),
         (INTER + "a\tx\t1\t5\n", {"t.item": "item_id:token\ny\n"}, "1 items of the events are not there"),
         (INTER + "a\tx\t1\t5\n", {"t.user": "user_id:token\na\na\n"}, "a user is there twice"),
         (INTER + "a\tx\t1\t5\n", {"t.user": "name:token\na\n"}, "no column user_id"),
     ],
-    ids=["missing value", "missing column", "unknown item", "user twice", "no id"],
+    ids=["missing value", "missing column", "no events", "unknown item", "user twice", "no id"],
 )
 def test_data_that_does_not_fit_together(tmp_path, inter, extra, message):
     write(tmp_path / "t.inter", inter)
@@ -154,6 +169,20 @@ def test_features_of_every_kind():
     torch.testing.assert_close(dense.values, torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
     with pytest.raises(ValueError, match=r"lengths \[1, 2\]"):
         encode([[1.0], [1.0, 2.0]])
+
+
+def test_vectors_of_different_lengths_are_told_by_column(tmp_path):
+    write(tmp_path / "t.inter", INTER + "a\tx\t1\t5\na\ty\t1\t6\n")
+    write(tmp_path / "t.item", "item_id:token\tclass:float_seq\nx\t1\ny\t1 2\n")
+    with pytest.raises(DataSetError, match=r"column class: .* lengths \[1, 2\]"):
+        encode_data(load(tmp_path))
+
+
+def test_a_rating_that_comes_later_has_the_level_of_the_same_one_before(tmp_path):
+    """3.7 in float32 is more than 3.7."""
+    rows = "".join(f"a\tx{n}\t{rating}\t{n}\n" for n, rating in enumerate((1.2, 2.1, 3.7, 4.4)))
+    encoded = encode_data(load(write(tmp_path / "t.inter", INTER + rows).parent))
+    assert [encoded.level(rating) for rating in (1.2, 2.1, 3.7, 4.4)] == encoded.levels.tolist()
 
 
 def test_statistics_against_a_loop_over_events(tiny):

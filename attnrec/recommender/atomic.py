@@ -28,14 +28,21 @@ class AtomicFileError(DataSetError):
 
 
 def _number(text: str) -> float:
-    return float(text) if text else math.nan
+    return _finite(text) if text else math.nan
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError
+    return number
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {
     "token": str,
     "token_seq": str.split,
     "float": _number,
-    "float_seq": lambda text: [float(part) for part in text.split()],
+    "float_seq": lambda text: [_finite(part) for part in text.split()],
 }
 
 

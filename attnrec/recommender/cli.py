@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _places(train)
     train.add_argument("--head", choices=("retrieval", "ranking", "both"), default="both")
-    train.add_argument("--epochs", type=int, help="at most so many (default: the head's own setting)")
+    train.add_argument("--epochs", type=positive, help="at most so many (default: the head's own setting)")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument(
         "--resume", action="store_true", help="go on from the last epoch of a run that was stopped"
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     _places(update)
     update.add_argument("--head", choices=(*runs.HEADS, "both"), default="both")
     update.add_argument(
-        "--epochs", type=_positive, default=EPOCHS, help=f"at most so many (default: {EPOCHS})"
+        "--epochs", type=positive, default=EPOCHS, help=f"at most so many (default: {EPOCHS})"
     )
     update.add_argument("--seed", type=int, default=0)
     update.set_defaults(command=_update)
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ITEM=RATING",
         help="something that happened since, after the events of the data set; may be repeated, in order",
     )
-    recommend.add_argument("--k", type=_positive, default=10, help="length of the list (default: 10)")
+    recommend.add_argument("--k", type=positive, default=10, help="length of the list (default: 10)")
     recommend.set_defaults(command=_recommend)
 
     explain = commands.add_parser(
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     _places(explain)
     explain.add_argument("--user", required=True, help="the user's id in the data set")
     explain.add_argument("--item", required=True, help="the item's id in the data set")
-    explain.add_argument("--top", type=_positive, default=10, help="how many events to name (default: 10)")
+    explain.add_argument("--top", type=positive, default=10, help="how many events to name (default: 10)")
     explain.add_argument("--out", type=Path, help="the PNG (default: heatmap.png in the run folder)")
     explain.set_defaults(command=_explain)
     return parser
@@ -152,7 +152,7 @@ def _catalog_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -247,7 +247,7 @@ def _event(data: Interactions, text: str) -> tuple[int, float]:
         number = float(rating)
     except ValueError:
         number = math.nan
-    if not name or math.isnan(number):
+    if not name or not math.isfinite(number):
         raise DataSetError(f"event {text!r}: want ITEM=RATING, such as {data.item_names[0]}=4")
     return data.item_id(name), number
 

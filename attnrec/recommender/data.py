@@ -89,8 +89,8 @@ def load(folder: str | Path, fields: Fields | None = None) -> Interactions:
     Raises:
         FileNotFoundError: the folder has not exactly one `.inter` file.
         AtomicFileError: a malformed row, by file and line.
-        DataSetError: a column is missing, an event lacks its user, item, rating or time, or the files do not
-            fit together.
+        DataSetError: a column is missing, there are no events, an event lacks its user, item, rating or time,
+            or the files do not fit together.
     """
     fields = fields or Fields()
     folder = Path(folder)
@@ -99,6 +99,8 @@ def load(folder: str | Path, fields: Fields | None = None) -> Interactions:
     for name in (fields.user, fields.item, fields.rating, fields.time):
         if name not in events:
             raise DataSetError(f"{path}: no column {name}, only {', '.join(events)}")
+    if not events[fields.user]:
+        raise DataSetError(f"{path}: no events")
     rating, time = (np.asarray(events[name], dtype=np.float64) for name in (fields.rating, fields.time))
     empty = (x == "" for x in (np.asarray(events[fields.user]), np.asarray(events[fields.item])))
     missing = np.logical_or.reduce([*empty, np.isnan(rating), np.isnan(time)])

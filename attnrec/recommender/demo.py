@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import report, runs
 from .checkpoint import CheckpointError, write_file
-from .cli import MENDABLE
+from .cli import MENDABLE, positive
 from .data import Interactions, load
 from .movielens import movielens_100k
 from .serve import Recommender
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs") / "demo", help="folder (default: runs/demo)")
     parser.add_argument("--data", type=Path, help="folder with atomic files in place of MovieLens-100k")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, help="at most so many (default: each head's own setting)")
+    parser.add_argument("--epochs", type=positive, help="at most so many (default: each head's own setting)")
     parser.add_argument("--fresh", action="store_true", help="train again, whatever is in the folder")
     options = parser.parse_args(arguments)
     changes = {} if options.epochs is None else {"epochs": options.epochs}
@@ -79,7 +79,7 @@ def run(folder: Path, out: Path, console: Console, **training: Any) -> None:
         _clicks(data, ranking, rows.numpy(), clicks.numpy()),
     )
     recommender = Recommender(encoded, retrieval, ranking)
-    shown = [0, len(users) // 2, len(users) - 1]
+    shown = users[[0, len(users) // 2, -1]].tolist()
     first = recommender.recommend(shown[0], 1)[0].item
     report.heat_map(out / "heatmap.png", data, recommender.explain(shown[0], first))
     metrics = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attnrec import Catalog
 
+from .atomic import Column, DataSetError
 from .checkpoint import CheckpointError, load_checkpoint, load_weights
 from .clicks import click_metrics
 from .data import TEST, TRAIN, VALID, Ids, Interactions, ranking_split, retrieval_split
@@ -53,7 +54,8 @@ class Encoded:
         return Vocabulary.of(self.data, self.user_features, self.item_features, self.thresholds)
 
     def level(self, rating: float) -> int:
-        return int(np.searchsorted(self.thresholds, rating, side="right"))
+        # in the data set's precision: a threshold is the float32 of 3.7, which is above 3.7
+        return int(np.searchsorted(self.thresholds, np.float32(rating), side="right"))
 
     def rows(self, users: Ids, ends: Ids, starts: Ids | None = None) -> tuple[Tensor, Tensor]:
         """The events of users from place `starts` (or 0) up to `ends`, and the offsets of the users."""
@@ -108,14 +110,24 @@ class Encoded:
 
 
 def encode_data(data: Interactions) -> Encoded:
+    """
+    Raises:
+        DataSetError: the vectors of a feature are of different lengths.
+    """
     levels, thresholds = _rating_levels(data.rating)
     return Encoded(
-        data,
-        [encode(column) for column in data.user_columns.values()],
-        [encode(column) for column in data.item_columns.values()],
-        torch.from_numpy(levels),
-        thresholds,
+        data, _features(data.user_columns), _features(data.item_columns), torch.from_numpy(levels), thresholds
     )
+
+
+def _features(columns: dict[str, Column]) -> list[Feature]:
+    found = []
+    for name, column in columns.items():
+        try:
+            found.append(encode(column))
+        except ValueError as error:
+            raise DataSetError(f"column {name}: {error}") from None
+    return found
 
 
 def _rating_levels(rating: np.ndarray) -> tuple[Ids, list[float]]:
@@ -162,6 +174,10 @@ class RetrievalTask:
         self.encoded = encoded
         self.config = config
         data = encoded.data
+        if data.lengths.max() < 4:
+            raise DataSetError(
+                "retrieval: no user has four events: two to train on, and one each for validation and test"
+            )
         self.model = Retrieval(
             config, len(data.item_names), encoded.item_features, len(encoded.thresholds) + 1
         )
@@ -317,6 +333,10 @@ class RankingTask:
         self.encoded = encoded
         self.config = config
         data = encoded.data
+        if data.lengths.max() < 10:
+            raise DataSetError(
+                "ranking: no user has ten events, of which one is for validation and one for test"
+            )
         self._split = ranking_split(data)
         self.likes = data.rating >= LIKE
         self.statistics = Statistics(data, self.likes, self._split == TRAIN)

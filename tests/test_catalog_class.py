@@ -395,7 +395,7 @@ def refusals():
         "topk: exclude": (lambda c: c.topk(rows, 1, exclude=torch.ones(2)), "exclude must be a pair"),
         "pack: dtype": (lambda c: Catalog.pack(rows, "int4"), "dtype must be one of fp32, bf16, int8"),
         "pack: table": (lambda c: Catalog.pack(torch.ones(4)), "table must have shape"),
-        "pack: no dims": (lambda c: Catalog.pack(torch.ones(4, 0)), "table must have a dim of at least 1"),
+        "pack: no dims": (lambda c: Catalog.pack(torch.ones(4, 0)), "table must have a dim D of at least 1"),
         "pack: integers": (lambda c: Catalog.pack(rows.int()), "table must be float32"),
         "pack: bias": (lambda c: Catalog.pack(rows, bias=torch.ones(3)), "bias must have shape"),
     }

@@ -231,6 +231,16 @@ def test_no_integer_requires_a_gradient():
         torch.ones(3, dtype=torch.int64).requires_grad_()
 
 
+@pytest.mark.parametrize(
+    ("function", "items"),
+    [("softmax_score", "items"), ("catalog_topk", "catalog"), ("catalog_cross_entropy", "table")],
+)
+def test_vectors_without_elements(backend, function, items):
+    good = arguments(function)
+    with pytest.raises(ValueError, match=f"{function}: users must have a dim D of at least 1, got"):
+        getattr(attnrec, function)(**good | {name: good[name][:, :0] for name in ("users", items)})
+
+
 class TestDense:
     @pytest.mark.parametrize(
         ("name", "bad", "error", "message"),

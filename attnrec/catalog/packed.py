@@ -65,9 +65,7 @@ class Catalog:
             TypeError, ValueError: naming the argument.
         """
         check = Check("Catalog.pack", ("table", table))
-        check.tensor("table", table, "[N, D]", (None, None))
-        if table.shape[1] == 0:
-            check.fail("table", "have a dim of at least 1", list(table.shape))
+        check.vectors("table", table, "[N, D]")
         if dtype not in DTYPES:
             check.fail("dtype", f"be one of {', '.join(DTYPES)}", repr(dtype))
         count = table.shape[0]

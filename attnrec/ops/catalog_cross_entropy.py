@@ -28,7 +28,7 @@ def check(
     in_batch: bool = False,
 ) -> None:
     checked = Check(op, ("users", users))
-    checked.tensor("users", users, "[T, D]", (None, None))
+    checked.vectors("users", users, "[T, D]")
     checked.tensor("table", table, "[N, D]", (None, users.shape[1]), (users.dtype,))
     rows, items = users.shape[0], table.shape[0]
     checked.tensor("target", target, "[T]", (rows,), INTEGERS)

@@ -26,7 +26,7 @@ def check(
     filter_error: Any = None,
 ) -> None:
     checked = Check("catalog_topk", ("users", users))
-    checked.tensor("users", users, "[B, D]", (None, None))
+    checked.vectors("users", users, "[B, D]")
     checked.tensor("catalog", catalog, "[N, D]", (None, users.shape[1]), (users.dtype,))
     items = catalog.shape[0]
     checked.integer("k", k)

@@ -91,6 +91,12 @@ class Check:
             wanted = ", ".join("any" if size is None else str(size) for size in sizes)
             self.fail(name, f"have shape {dims} = [{wanted}]", list(x.shape))
 
+    def vectors(self, name: str, x: Any, dims: str) -> None:
+        """Of any number and dim, but not without elements."""
+        self.tensor(name, x, dims, (None, None))
+        if isinstance(x.shape[1], int) and x.shape[1] < 1:
+            self.fail(name, "have a dim D of at least 1", list(x.shape))
+
     def number(self, name: str, x: Any, *, above: float | None = None) -> None:
         """A finite number, above a bound; of a tracer's symbolic ones only the type is checked."""
         if isinstance(x, bool) or not isinstance(x, int | float | torch.SymInt | torch.SymFloat):

@@ -23,7 +23,7 @@ def check(
     bias: Any = None,
 ) -> None:
     checked = Check(op, ("users", users))
-    checked.tensor("users", users, "[B, D]", (None, None))
+    checked.vectors("users", users, "[B, D]")
     checked.tensor("items", items, "[T_c, D]", (None, users.shape[1]), (users.dtype,))
     checked.tensor("offsets", offsets, "[B + 1]", (users.shape[0] + 1,), INTEGERS)
     checked.number("temperature", temperature, above=0.0)

@@ -231,6 +231,12 @@ def test_sdist_has_every_source(sdist):
     wanted = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*") if path.is_file()}
     wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob("attnrec/**/*.py")}
     wanted |= {str(path.relative_to(ROOT)) for path in KERNELS}
+    # The tests run there too, and what the pages link to is there.
+    kinds = (".py", ".cpp", ".cu", ".json", ".md", ".sh")
+    for folder in ("tests", "benches", "docs"):
+        wanted |= {
+            str(path.relative_to(ROOT)) for path in ROOT.glob(f"{folder}/**/*") if path.suffix in kinds
+        }
     wanted |= {f"examples/serve_cpp/{name}" for name in ("README.md", "Makefile", "export.py", "serve.cpp")}
     wanted |= {
         "build_backend/backend.py",

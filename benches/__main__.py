@@ -56,6 +56,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU")
     if options.graphs and options.device != "cuda":
         parser.error("--graphs: only with --device cuda")
+    if options.json not in (None, "-") and not Path(options.json).parent.is_dir():  # not after the run
+        parser.error(f"--json {options.json}: there is no folder {Path(options.json).parent}")
     for op in options.op:
         if op not in registry.OPS:
             parser.error(f"--op {op}: there are {', '.join(registry.OPS)}")

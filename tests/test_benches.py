@@ -334,7 +334,9 @@ def test_a_row_is_found_by_its_command():
         assert case in registry.select(cases, ops=[case.op], names=[case.name])
 
 
-@pytest.mark.parametrize("options", [["--graphs"], ["--threads", "0"], ["--op", "nothing"]])
+@pytest.mark.parametrize(
+    "options", [["--graphs"], ["--threads", "0"], ["--op", "nothing"], ["--json", "no/such/x.json"]]
+)
 def test_bad_options_end_the_run(options, capsys):
     with pytest.raises(SystemExit):
         main(["--suite", "smoke", *options])

@@ -25,7 +25,7 @@ class MissingExtraError(ImportError):
 
 
 HEADS = ("retrieval", "ranking")
-# chosen by the validation events: docs/recommender.md has the runs
+# chosen by the validation events (docs/recommender.md)
 SETTINGS: dict[str, TrainConfig] = {
     "retrieval": TrainConfig(epochs=26, patience=5, batch_users=8, learning_rate=1e-3),
     "ranking": TrainConfig(

@@ -106,11 +106,30 @@ def test_events_are_in_order_of_time_then_row(tmp_path):
         (INTER + "a\tx\t\t5\n", {}, r"t\.inter:2: an event without"),
         ("user_id:token\titem_id:token\ttimestamp:float\na\tx\t5\n", {}, "no column rating"),
         (INTER, {}, r"t\.inter: no events"),
+        (
+            INTER.replace("rating:float", "rating:token") + "a\tx\tgood\t5\n",
+            {},
+            "rating must be of type float",
+        ),
+        (
+            INTER.replace("user_id:token", "user_id:float") + "1\tx\t1\t5\n",
+            {},
+            "user_id must be of type token",
+        ),
         (INTER + "a\tx\t1\t5\n", {"t.item": "item_id:token\ny\n"}, "1 items of the events are not there"),
         (INTER + "a\tx\t1\t5\n", {"t.user": "user_id:token\na\na\n"}, "a user is there twice"),
         (INTER + "a\tx\t1\t5\n", {"t.user": "name:token\na\n"}, "no column user_id"),
     ],
-    ids=["missing value", "missing column", "no events", "unknown item", "user twice", "no id"],
+    ids=[
+        "missing value",
+        "missing column",
+        "no events",
+        "rating in words",
+        "user in numbers",
+        "unknown item",
+        "user twice",
+        "no id",
+    ],
 )
 def test_data_that_does_not_fit_together(tmp_path, inter, extra, message):
     write(tmp_path / "t.inter", inter)

@@ -89,18 +89,21 @@ def load(folder: str | Path, fields: Fields | None = None) -> Interactions:
     Raises:
         FileNotFoundError: the folder has not exactly one `.inter` file.
         AtomicFileError: a malformed row, by file and line.
-        DataSetError: a column is missing, there are no events, an event lacks its user, item, rating or time,
-            or the files do not fit together.
+        DataSetError: a column is missing or of another type, there are no events, an event lacks its user,
+            item, rating or time, or the files do not fit together.
     """
     fields = fields or Fields()
     folder = Path(folder)
     path = _only(folder, "inter")
     events = read_atomic(path)
-    for name in (fields.user, fields.item, fields.rating, fields.time):
+    kinds = {fields.user: "token", fields.item: "token", fields.rating: "float", fields.time: "float"}
+    for name, kind in kinds.items():
         if name not in events:
             raise DataSetError(f"{path}: no column {name}, only {', '.join(events)}")
-    if not events[fields.user]:
-        raise DataSetError(f"{path}: no events")
+        if not events[name]:
+            raise DataSetError(f"{path}: no events")
+        if not isinstance(events[name][0], str if kind == "token" else float):
+            raise DataSetError(f"{path}: column {name} must be of type {kind}")
     rating, time = (np.asarray(events[name], dtype=np.float64) for name in (fields.rating, fields.time))
     empty = (x == "" for x in (np.asarray(events[fields.user]), np.asarray(events[fields.item])))
     missing = np.logical_or.reduce([*empty, np.isnan(rating), np.isnan(time)])

@@ -238,11 +238,12 @@ class TestNaN:
             assert torch.equal(got[of][blind], clean[of][blind]), of
         assert got["query"][~blind].isnan().all()
 
-    @pytest.mark.parametrize("spoilt", ["query", "grad_out"])
+    @pytest.mark.parametrize("spoilt", ["query", "self_key", "self_value", "grad_out", "grad_lse"])
     @pytest.mark.parametrize("hide", ["visible", "key_bias"])
-    def test_of_another_candidate(self, device, spoilt, hide):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_of_another_candidate(self, device, spoilt, hide, dtype):
         """It reaches the events that the candidate sees, and no others."""
-        batch = make_jagged([24], [200], heads=2, dim=16, options=["self"]).to(device)
+        batch = make_jagged([24], [200], heads=2, dim=16, dtype=dtype, options=["self"]).to(device)
         seen = torch.ones(24, 200, dtype=torch.bool, device=device)
         if hide == "visible":
             visible = torch.tensor([200, 150, 37] * 8, device=device)
@@ -254,17 +255,21 @@ class TestNaN:
             batch = batch.with_(
                 key_bias=torch.zeros(200, 2, device=device).masked_fill(~seen[0].unsqueeze(-1), -INF)
             )
-        query, (grad_out, grad_lse) = batch.query.clone(), grads_of_outputs(batch)
-        clean = gradients(batch, grad_out, grad_lse)
-        (query if spoilt == "query" else grad_out)[5] = NAN
-        got = gradients(batch.with_(query=query), grad_out, grad_lse)
+        inputs = {name: getattr(batch, name).clone() for name in OF_ROWS}
+        outputs = dict(zip(("grad_out", "grad_lse"), grads_of_outputs(batch), strict=True))
+        clean = gradients(batch, **outputs)
+        (inputs | outputs)[spoilt][5] = NAN
+        got = gradients(batch.with_(**inputs), **outputs)
         others = torch.arange(24, device=device) != 5
         for name in OF_ROWS:
             assert torch.equal(got[name][others], clean[name][others]), name
         assert got["query"][5].isnan().all()
+        rounding = {"rtol": max(1e-5, 2 * torch.finfo(dtype).eps), "atol": 1e-5}
         for name in ("key", "value"):
-            assert got[name][seen[5]].isnan().all(), name
-            torch.testing.assert_close(got[name][~seen[5]], clean[name][~seen[5]], rtol=1e-5, atol=1e-5)
+            # P is made of the query and the keys alone.
+            if name == "key" or spoilt not in ("self_value", "grad_lse"):
+                assert got[name][seen[5]].isnan().all(), name
+            torch.testing.assert_close(got[name][~seen[5]], clean[name][~seen[5]], **rounding)
 
 
 class TestBatchInvariance:

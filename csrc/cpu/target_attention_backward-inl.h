@@ -197,8 +197,8 @@ struct Backward {
         const typename V::Reg score = V::load(t.scores + (r + k) * kKeys + i);
         p[k] = kWeights ? score : weights_of(score, lse[k], rest[k]);
         ds[k] = V::mul(p[k], V::sub(V::load(grad_weight + (r + k) * kKeys + i), less[k]));
-        // The weight is 0 from there on, but not 0 · NaN.
-        if (!all) ds[k] = V::first(ds[k], n[k] - i, 0);
+        // The weight is 0 from there on, but not where the row's log-sum-exp is NaN, nor is 0 · NaN.
+        if (!all) p[k] = V::first(p[k], n[k] - i, 0), ds[k] = V::first(ds[k], n[k] - i, 0);
         // For the product with keys; as numbers it is what `keep_rows` keeps.
         if constexpr (!std::is_same_v<Item, Real>) keys.keep(r + k, i, grad_score + at, ds[k]);
       }
@@ -296,22 +296,20 @@ struct Backward {
     block = t.first_row;
     place = filled;
     filled += t.rows;
-    typename V::Reg check = V::zero();
     for (int r = 0; r < t.rows; r++) {
-      const int64_t c = unit.candidate(block + r);
+      const int64_t c = unit.candidate(block + r), row = whole_row(block + r);
       const int h = unit.query_head(block + r);
       Real *q = query + static_cast<int64_t>(place + r) * width,
            *d_out = grad_out + static_cast<int64_t>(place + r) * width;
-      const bool blind = !sees(whole_row(block + r));
+      const bool blind = !sees(row);
       if (blind) {
         clear(q, width);
         clear(d_out, width);
       } else {
         load_row<V>(a.query.at(c, h, a.element), a.element, a.head_dim, 1, q);
         load_row<V>(g.grad_out.at(c, h, a.element), a.element, a.head_dim, 1, d_out);
-      }
-      for (int d = 0; d < width; d += W) {
-        check = V::fma(V::load(q + d), V::zero(), V::fma(V::load(d_out + d), V::zero(), check));
+        // Whatever of a row is not finite, its query, its dO or its self slot, makes one of these so.
+        finite = finite && (base[row] + shift[row]) * 0 == 0;
       }
       const int64_t events = seen_events(a, unit, block + r) - packed;
       seen[place + r] = static_cast<int>(blind ? 0 : greatest(0, least(events, span(a.head_dim))));
@@ -323,7 +321,6 @@ struct Backward {
           return g.grad_out.at(unit.candidate(block + r), unit.query_head(block + r), a.element);
         },
         a.element, a.head_dim, 1, grad_out_rows);
-    finite = finite && V::sum(check) == 0;
   }
 
   // Multiplies the chunk's P and dS into the gradients of the packed events.

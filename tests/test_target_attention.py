@@ -73,6 +73,15 @@ class TestAgainstReference:
     def test_huge_logits(self, device, dtype, deviation):
         check(mixed(dtype=dtype, spread=deviation**0.5, options=["self", "key_bias"]).to(device), slack=1.5)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_huge_values(self, device, dtype):
+        """Their products with exponentials that no maximum was taken from are infinite."""
+        batch = make_jagged([40, 3], [300, 9], heads=2, dim=16, dtype=dtype, options=["self"])
+        for name in ("query", "key", "self_key"):
+            getattr(batch, name)[..., 0] = 6.0
+        huge = {name: getattr(batch, name) * 1e30 for name in ("value", "self_value")}
+        check(batch.with_(**huge).to(device), scale=1.0)
+
     @pytest.mark.parametrize("scale", [0.0, -0.3, 1.0, 2])
     def test_scale(self, device, scale):
         check(mixed(options=["self", "key_bias"]).to(device), scale=scale)

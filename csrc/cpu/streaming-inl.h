@@ -283,11 +283,9 @@ struct RunningSoftmax {
     return maximum[row] == -std::numeric_limits<Real>::infinity() ? 0 : maximum[row];
   }
   Real sum(int row) const { return V::sum(V::load(lanes + static_cast<int64_t>(row) * W)); }
-  // Of a row's sum, whether weights relative to its base, and their products with values of usual size,
+  // Of a row's sum relative to nothing, whether weights, and their products with values of usual size,
   // neither overflowed nor vanished.
-  static bool in_range(Real total) {
-    return kBase == Base::kRunningMaximum || (total > Real{1e-20f} && total < Real{1e20f});
-  }
+  static bool in_range(Real total) { return total > Real{1e-20f} && total < Real{1e20f}; }
   static Real inverse(Real total) { return total == 0 ? 0 : 1 / total; }
   // In nats; -inf for a row that has seen nothing. In double, so that it is rounded once: what is recomputed
   // from it, exp(s - lse), is off by that rounding.

@@ -73,24 +73,31 @@ struct WeightedValue {
   }
 
   // `out` [T_c, H, D] and `lse` [T_c, H] are contiguous. Rows that are done already stay as they are, and
-  // those whose sum is not in range are left to be done. Returns how many these are.
+  // those whose sum is not in range, or whose values with such weights are not finite, are left to be done.
+  // Returns how many these are.
   int finish(bool* done, void* out, Real* lse) {
     int left = 0;
     for (int r = 0; r < unit.rows; r++) {
       if (done[r]) continue;
       const Real total = softmax.sum(r);
-      done[r] = softmax.in_range(total);
+      Real* sum = sums + static_cast<int64_t>(r) * width;
+      done[r] = kBase == Base::kRunningMaximum || (softmax.in_range(total) && is_finite(sum));
       left += !done[r];
       if (!done[r]) continue;
       const int64_t row = unit.candidate(r) * a.heads + unit.query_head(r);
       const typename V::Reg inverse = V::set1(softmax.inverse(total));
-      Real* sum = sums + static_cast<int64_t>(r) * width;
       for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::mul(V::load(sum + d), inverse));
       store_row<V>(sum, a.head_dim, a.element,
                    static_cast<char*>(out) + row * a.head_dim * element_bytes(a.element));
       lse[row] = softmax.lse(r, total);
     }
     return left;
+  }
+
+  bool is_finite(const Real* sum) const {
+    typename V::Reg zeros = V::zero();
+    for (int d = 0; d < width; d += V::kWidth) zeros = V::fma(V::load(sum + d), V::zero(), zeros);
+    return V::sum(zeros) == 0;
   }
 
   const Attention& a;

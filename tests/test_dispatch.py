@@ -325,3 +325,39 @@ def test_every_public_function_has_its_ops():
     named = {name.removesuffix("_backward") for name in ops.OPS} - of_others
     assert named <= set(attnrec.__all__)
     assert all(getattr(reference, name) for name in named)
+
+
+@needs_extension
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_call_after_one_that_found_no_memory(threads):
+    """The one says so, whatever thread it was on, and the next one is served as ever."""
+    code = """
+        import resource
+        import torch, attnrec
+
+        def call(rows, room=None):
+            '''Gradients of two users with so many candidates, in that much more memory than there is now.'''
+            query = torch.ones(2 * rows, 1, 1, dtype=torch.bfloat16)
+            key = torch.arange(8.0).reshape(-1, 1, 1).bfloat16()
+            tensors, offsets = (query, key, key.flip(0)), (torch.arange(3) * rows, torch.arange(3) * 4)
+            results = torch.ops.attnrec.target_attention(*tensors, *offsets)
+            with open("/proc/self/statm") as sizes:
+                size = int(sizes.read().split()[0]) * resource.getpagesize()
+            if room is not None:
+                resource.setrlimit(resource.RLIMIT_AS, (size + room, resource.RLIM_INFINITY))
+            try:
+                return torch.ops.attnrec.target_attention_backward(query, None, *tensors, *results, *offsets)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        torch.set_num_threads(THREADS)
+        before = call(rows=5)
+        try:
+            call(rows=1 << 20, room=32 << 20)
+        except RuntimeError as error:
+            print("no memory for" in str(error), end=" ")
+        torch.use_deterministic_algorithms(True)  # uninitialised tensors hold NaN
+        print(all(torch.equal(x, y) for x, y in zip(before, call(rows=5))))
+    """
+    assert run_python(code.replace("THREADS", str(threads))).split() == ["True", "True"]

@@ -54,9 +54,11 @@ void* thread_scratch(int64_t bytes) {
   static thread_local int64_t size = 0;
   if (bytes > size) {
     memory.reset();
-    size = (bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(64, size));
-    STD_TORCH_CHECK(memory, "attnrec: no memory for ", size, " bytes of scratch");
+    size = 0;  // until there is some again: a failed call leaves none, and the next one has to ask
+    const int64_t wanted = (bytes + 4095) / 4096 * 4096;
+    memory.reset(std::aligned_alloc(64, wanted));
+    STD_TORCH_CHECK(memory, "attnrec: no memory for ", wanted, " bytes of scratch");
+    size = wanted;
   }
   return memory.get();
 }

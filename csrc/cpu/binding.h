@@ -3,8 +3,10 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
@@ -41,7 +43,8 @@ inline ScalarType working_dtype(Element element) {
 void* thread_scratch(int64_t bytes);
 
 // Runs function(i) for i in 0 … count, each once, on torch's threads; a thread that is done takes the next.
-// What the threads compute must not depend on who takes what.
+// What the threads compute must not depend on who takes what. Where one raises, no more are begun, and the
+// caller gets its exception: the stable ABI would hand on that there was one, but not what it says.
 template <class Function>
 void for_each_unit(int64_t count, const Function& function) {
   if (count <= 1 || torch::stable::get_num_threads() == 1) {
@@ -50,9 +53,17 @@ void for_each_unit(int64_t count, const Function& function) {
   }
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  std::atomic<bool> raised{false};
+  std::exception_ptr exception;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next++) < count;) function(i);
+    try {
+      for (int64_t i; (i = next++) < count;) function(i);
+    } catch (...) {
+      if (!raised.exchange(true)) exception = std::current_exception();
+      next = count;
+    }
   });
+  if (exception) std::rethrow_exception(exception);
 }
 
 }  // namespace attnrec::cpu

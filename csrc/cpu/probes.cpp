@@ -38,10 +38,11 @@ double rate(int threads, const Work& work) {
     rates[static_cast<size_t>(thread)] = seconds > 0 ? done / seconds : 0;
     g_sink = sink;
   };
-  std::vector<std::thread> others;
-  for (int thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
-  run(0);
-  for (std::thread& other : others) other.join();
+  {
+    std::vector<std::jthread> others;  // waited for at the end, also where one cannot be started
+    for (int thread = 1; thread < threads; thread++) others.emplace_back(run, thread);
+    run(0);
+  }
   double total = 0;
   for (double one : rates) total += one;
   return total;

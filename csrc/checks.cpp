@@ -148,8 +148,9 @@ void check_attention(const char* op, const Tensor& query, const Tensor& key, con
   ATTNREC_CHECK(D >= 1 && D <= 256, op, "query must have a head dim of 1 to 256, got shape ",
                 shape_of(query));
   ATTNREC_CHECK(key.size(2) == D, op, "key must have query's head dim ", D, ", got shape ", shape_of(key));
-  ATTNREC_CHECK(key.size(1) > 0 && query.size(1) % key.size(1) == 0, op, "query's heads (", query.size(1),
-                ") must be a multiple of key's (", key.size(1), ")");
+  ATTNREC_CHECK(key.size(1) > 0 && query.size(1) > 0 && query.size(1) % key.size(1) == 0, op,
+                "query's heads must be one or more, and a multiple of key's (", key.size(1), "), got ",
+                query.size(1));
   ATTNREC_CHECK(!scale || std::isfinite(*scale), op, "scale must be finite, got ", *scale);
   if (value) {
     check_tensor(op, "value", *value, 3, dtype, query);
@@ -178,7 +179,7 @@ void check_attention(const char* op, const Tensor& query, const Tensor& key, con
   if (key_bias) {
     check_device(op, "key_bias", *key_bias, query);
     ATTNREC_CHECK(key_bias->scalar_type() == dtype || key_bias->scalar_type() == ScalarType::Float, op,
-                  "key_bias must be float32 or have query's dtype");
+                  "key_bias must be float32 or have query's dtype, got ", name_of(key_bias->scalar_type()));
     ATTNREC_CHECK(key_bias->dim() == 2 && key_bias->size(0) == events && key_bias->size(1) == query.size(1),
                   op, "key_bias must have shape [", events, ", ", query.size(1), "], got ",
                   shape_of(*key_bias));

@@ -329,6 +329,26 @@ def test_the_op_itself_refuses_what_would_read_out_of_bounds():
         torch.ops.attnrec.target_attention(*batch.args, **batch.options)
 
 
+@pytest.mark.cpu_only("the compiled kernels' own checks")
+@pytest.mark.parametrize(
+    "op",
+    ["target_attention", "target_attention_weights", "target_attention_top", "target_attention_backward"],
+)
+def test_the_op_itself_refuses_no_heads(op):
+    if op not in CPU.kernels:
+        pytest.skip(f"no CPU kernel of {op}")
+    query, key = torch.ones(3, 0, 8), torch.ones(5, 2, 8)
+    offsets = make_offsets([2, 1]), make_offsets([3, 2])
+    arguments = {
+        "target_attention": (query, key, key, *offsets),
+        "target_attention_weights": (query, key, *offsets),
+        "target_attention_top": (query, key, *offsets, 2),
+        "target_attention_backward": (query, None, query, key, key, query, query[..., 0], *offsets),
+    }
+    with attnrec.use_backend("cpu"), pytest.raises(RuntimeError, match=r"heads must be one or more, .*got 0"):
+        getattr(torch.ops.attnrec, op)(*arguments[op])
+
+
 def test_values_on_other_devices_are_read_in_debug_mode_only():
     try:
         assert not ops.checks.reads_values(torch.device("cuda"))

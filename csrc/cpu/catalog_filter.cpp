@@ -21,7 +21,6 @@ BFloat16 rounded_up(double x) {
 }
 
 // One row to its place in a panel: `to` is its first group of codes, kPanelItems groups apart.
-
 void round_row(const double* row, int dim, Code code, uint32_t* to, float* scale, BFloat16* error) {
   const int together = codes_together(code), depth = (dim + together - 1) / together;
   double squares = 0, largest = 0, lost = 0;

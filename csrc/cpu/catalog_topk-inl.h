@@ -148,8 +148,7 @@ int64_t catalog_topk_rescore(const Attention& a, void* memory, const TopkOptions
     Arena arena(memory);
     StreamScratch<V, Products> scratch(arena, kKeys, a.head_dim);
     const int64_t bytes = static_cast<int64_t>(a.head_dim) * element_bytes(a.element);
-    // Packing reads ahead by whole registers.
-    char* rows = arena.take<char>(kKeys * bytes + 64);
+    char* rows = arena.take<char>(kKeys * bytes);
     if (!memory) return arena.used();
     load_block<V, Products>(
         1, [&](int) { return a.query.at(user, 0, a.element); }, a.element, a.head_dim, Real{1}, scratch.rows);

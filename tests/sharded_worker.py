@@ -16,6 +16,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,7 +109,7 @@ def topk_is_bitwise_that_of_one_process():
             for k in {0, 1, min(30, total), total if total < 1000 else 200}:
                 want = attnrec.catalog_topk(users, table, k, **options)
                 for catalog in catalogues(table):
-                    assert_same_lists(catalog.topk(users, k, **options), want)
+                    assert_same_lists(catalog.topk(users, np.int64(k), **options), want)
 
 
 @check

@@ -1,5 +1,6 @@
 """Bad input raises: every clause of the contract, by exception type and named argument, on each backend."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_jagged, make_offsets
@@ -97,6 +98,7 @@ CASES = (
         ("target_attention", "q_offsets", None, ValueError, "must be given"),
         ("target_attention", "key_padding_mask", torch.ones(2, 3) > 0, ValueError, "dense input"),
         ("target_attention_weights", "top", -1, ValueError, "at least 0, got -1"),
+        ("target_attention_weights", "top", np.int64(-1), ValueError, "at least 0, got -1"),
         ("target_attention_weights", "top", 1.5, TypeError, "integer, got float"),
         ("softmax_score", "users", torch.ones(4), ValueError, r"B, D"),
         ("softmax_score", "users", torch.ones(2, 4, dtype=torch.int32), TypeError, "float32"),
@@ -116,12 +118,14 @@ CASES = (
         ("softmax_score", "bias", torch.zeros(4), ValueError, r"\[5\], got \[4\]"),
         ("softmax_score", "bias", torch.zeros(5, dtype=torch.int64), TypeError, "float32"),
         ("softmax_score", "temperature", 0.0, ValueError, "above 0, got 0.0"),
+        ("softmax_score", "temperature", np.float32(-1), ValueError, "above 0, got -1.0"),
         ("softmax_score", "temperature", INF, ValueError, "finite"),
         ("catalog_topk", "users", torch.ones(2, 3), ValueError, r"\[any, 3\]"),
         ("catalog_topk", "catalog", torch.ones(6, 4, dtype=torch.bfloat16), TypeError, "be float32"),
         ("catalog_topk", "catalog", torch.ones(6, 4, device="meta"), ValueError, "be on .*, got meta"),
         ("catalog_topk", "k", 7, ValueError, "N = 6, got 7"),
         ("catalog_topk", "k", -1, ValueError, "got -1"),
+        ("catalog_topk", "k", np.int64(7), ValueError, "N = 6, got 7"),
         ("catalog_topk", "k", 2.5, TypeError, "integer"),
         (
             "catalog_topk",

@@ -1,5 +1,6 @@
 """`catalog_cross_entropy` and its gradient: checks, shapes, autograd."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def check(
             checked.tensor(name, per_item, "[N]", (items,), (torch.float32, users.dtype))
     checked.integer("ignore_index", ignore_index)
     checked.number("label_smoothing", label_smoothing)
-    if isinstance(label_smoothing, int | float) and not 0.0 <= label_smoothing <= 1.0:
+    if isinstance(label_smoothing, Real) and not 0.0 <= label_smoothing <= 1.0:
         checked.fail("label_smoothing", "be from 0 to 1", label_smoothing)
     if negatives is not None:
         checked.tensor("negatives", negatives, "[M]", (None,), INTEGERS)

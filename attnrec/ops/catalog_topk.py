@@ -1,5 +1,6 @@
 """`catalog_topk`: checks and shapes. Forward only."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def check(
     checked.tensor("catalog", catalog, "[N, D]", (None, users.shape[1]), (users.dtype,))
     items = catalog.shape[0]
     checked.integer("k", k)
-    if isinstance(k, int) and isinstance(items, int) and not 0 <= k <= items:
+    if isinstance(k, Integral) and isinstance(items, int) and not 0 <= k <= items:
         checked.fail("k", f"be from 0 to the size of the catalogue N = {items}", k)
     if (exclude_ids is None) != (exclude_offsets is None):
         missing = "exclude_ids" if exclude_ids is None else "exclude_offsets"

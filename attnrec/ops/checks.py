@@ -11,6 +11,7 @@ ValueError, or TypeError where the type or dtype is wrong: `op: argument must ..
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real  # numpy's are among them
 from typing import Any, NoReturn
 
 import torch
@@ -99,15 +100,15 @@ class Check:
 
     def number(self, name: str, x: Any, *, above: float | None = None) -> None:
         """A finite number, above a bound; of a tracer's symbolic ones only the type is checked."""
-        if isinstance(x, bool) or not isinstance(x, int | float | torch.SymInt | torch.SymFloat):
+        if isinstance(x, bool) or not isinstance(x, Real | torch.SymInt | torch.SymFloat):
             self.fail(name, "be a number", type(x).__name__, TypeError)
-        if not isinstance(x, int | float):
+        if not isinstance(x, Real):
             return
         if not math.isfinite(x) or (above is not None and x <= above):
             self.fail(name, "be finite" + ("" if above is None else f" and above {above:g}"), x)
 
     def integer(self, name: str, x: Any) -> None:
-        if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        if isinstance(x, bool) or not isinstance(x, Integral | torch.SymInt):
             self.fail(name, "be an integer", type(x).__name__, TypeError)
 
     def offsets(self, name: str, offsets: Tensor, rows_of: str, rows: int) -> None:

@@ -1,5 +1,6 @@
 """`target_attention_weights` and `target_attention_top`: checks and shapes. Forward only."""
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def check_top(values: bool, top: Any, **arguments: Any) -> None:
     target_attention.check(values, op=FUNCTION, **arguments)
     checked = Check(FUNCTION, ("query", arguments["query"]))
     checked.integer("top", top)
-    if isinstance(top, int) and top < 0:
+    if isinstance(top, Integral) and top < 0:
         checked.fail("top", "be at least 0", top)
 
 

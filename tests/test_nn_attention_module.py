@@ -171,6 +171,9 @@ def test_errors_name_the_argument() -> None:
     offsets = {"q_offsets": make_offsets([3]), "kv_offsets": make_offsets([5])}
     nested = [torch.nested.nested_tensor(list(x), layout=torch.jagged) for x in (q, k, v)]
     cases: list[tuple[type[Exception], str, tuple[Tensor, ...], dict[str, Any]]] = [
+        (TypeError, "query must be a tensor, got ndarray", (q.numpy(), k, v), {}),
+        (TypeError, "value must be a tensor, got NoneType", (q, k, None), {}),
+        (TypeError, "attn_mask must be a tensor, got list", (q, k, v), {"attn_mask": [[False] * 5] * 3}),
         (ValueError, "query must be 3-D", (q[None], k, v), {}),
         (ValueError, "query must have 32 features", (k, k, v), {}),
         (ValueError, "key must be 3-D", (q, k[0], v), {}),

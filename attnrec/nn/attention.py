@@ -181,6 +181,9 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
             columns of `add_bias_kv` and `add_zero_attn` last. Packed: the pair `(weights [sum C_b * L_b],
             offsets [B+1])`, per head `[sum C_b * L_b, H]`, of events only.
         """
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if query.is_nested or q_offsets is not None or kv_offsets is not None:
             if key_padding_mask is not None or attn_mask is not None:
                 name = "attn_mask" if key_padding_mask is None else "key_padding_mask"

@@ -62,6 +62,8 @@ def check_dense(
     for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
         if mask is None:
             continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise TypeError(f"{name} must be boolean or floating point, got {mask.dtype}")
         if tuple(mask.shape) not in shapes[name]:

@@ -130,6 +130,26 @@ def ignored_rows_and_every_ignore_index():
 
 
 @check
+def ignored_rows_are_not_computed_with():
+    """A NaN in them reaches nothing, and one in an item does not reach them."""
+    for names in (("ignored", "bias"), ("ignored", "label_smoothing")):
+        (users, table, target), options = loss_arguments(20, 50, 8, names=names)
+        ignored = target == IGNORED
+        assert ignored.any()
+        want, got = table.clone().requires_grad_(), table.clone().requires_grad_()
+        attnrec.catalog_cross_entropy(users, want, target, **options).backward()
+        spoilt = users.masked_fill(ignored.unsqueeze(-1), NAN).requires_grad_()
+        ShardedCatalog(got).cross_entropy(spoilt, target, **options).backward()
+        assert spoilt.grad.isfinite().all()
+        torch.testing.assert_close(own(got.grad), own(want.grad))
+        table[0] = NAN
+        users.requires_grad_()
+        ShardedCatalog(table).cross_entropy(users, target, **options).backward()
+        assert (users.grad[ignored] == 0).all()
+        assert users.grad[~ignored].isnan().any()
+
+
+@check
 def only_the_gradients_that_are_asked_for():
     (users, table, target), options = loss_arguments(20, 50, 8, names=("bias",))
     full = [

@@ -112,7 +112,8 @@ class CrossEntropy(torch.autograd.Function):
         grad = grad.to(dtype)
         if options.counts is not None:
             grad = sharding.group.gather_rows(grad, options.counts)
-        grad = grad.masked_fill(ignored, 0.0)
+        # An ignored row is not computed with: it may hold a NaN.
+        grad, users = grad.masked_fill(ignored, 0.0), users.masked_fill(ignored.unsqueeze(-1), 0.0)
 
         of_users = users.new_zeros(users.shape, dtype=dtype)
         of_rows = torch.zeros_like(rows) if needs[1] else None
@@ -144,6 +145,8 @@ class CrossEntropy(torch.autograd.Function):
                     of_rows += (even @ users.to(dtype) / options.temperature).to(rows.dtype)
                 if of_bias is not None:
                     of_bias += even.sum()
+
+            of_users = of_users.masked_fill(ignored.unsqueeze(-1), 0.0)  # of which an item may hold one
 
         if needs[0]:
             group = sharding.group

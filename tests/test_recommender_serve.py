@@ -152,3 +152,13 @@ def test_cache_attends_like_the_module(parts):
         torch.testing.assert_close(cache.attend(query), want)
         torch.testing.assert_close(torch.cat(found), causal)
     assert cache.length == 9
+
+
+def test_a_heat_map_of_names_with_dollar_signs(data, tmp_path):
+    """Which matplotlib would read as mathematics, and refuse."""
+    from attnrec.recommender import report  # needs matplotlib
+
+    count = len(data.user_names), len(data.item_names)
+    named = replace(data, user_names=["$_$"] * count[0], titles=["$_$"] * count[1])
+    report.heat_map(tmp_path / "map.png", named, recommender(named).explain(USER, 3))
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")

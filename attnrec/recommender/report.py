@@ -74,7 +74,7 @@ def heat_map(path: Path, data: Interactions, explanation: Explanation, events: i
         left += width
     rows = explanation.events[places]
     names = [
-        f"{_title(data, data.item[row])}  (rated {data.rating[row]:g}, event {place + 1})"
+        f"{_plain(data.titles[data.item[row]])}  (rated {data.rating[row]:g}, event {place + 1})"
         for row, place in zip(rows, places, strict=True)
     ]
     bars.set_yticks(range(len(places)), names)
@@ -82,7 +82,7 @@ def heat_map(path: Path, data: Interactions, explanation: Explanation, events: i
     bars.set_xlabel("attention weight, mean of the heads")
     bars.legend(loc="lower right")
     figure.suptitle(
-        f"User {data.user_names[explanation.user]}, {_title(data, explanation.item)}: "
+        f"User {_plain(data.user_names[explanation.user])}, {_plain(data.titles[explanation.item])}: "
         f"liked with probability {explanation.click:.2f}"
     )
     content = io.BytesIO()
@@ -91,9 +91,9 @@ def heat_map(path: Path, data: Interactions, explanation: Explanation, events: i
     write_file(path, content.getvalue())
 
 
-def _title(data: Interactions, item: int) -> str:
+def _plain(text: str) -> str:
     # matplotlib reads text between two dollar signs as mathematics
-    return data.titles[item].replace("$", r"\$")
+    return text.replace("$", r"\$")
 
 
 STYLE = """

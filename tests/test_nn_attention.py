@@ -244,6 +244,21 @@ def test_masks_that_cannot_be_read(kind: str, monkeypatch: pytest.MonkeyPatch, f
     assert len(fused_calls) == 1
 
 
+@both_plans
+def test_a_nan_behind_a_mask_that_cannot_be_read(raw_history: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is projected with the rest, and reaches no output, weight or other row's gradient."""
+    monkeypatch.setattr(masks, "readable", lambda _: False)
+    ours, _ = make_pair(batch_first=True)
+    query, history = torch.randn(2, 4, DIM, requires_grad=True), torch.randn(2, 6, DIM)
+    hidden = torch.tensor([[False, True, False, False, True, True], [False] * 6])
+    history[hidden] = torch.nan
+    history.requires_grad_()
+    output, weights = ours(query, history, history, key_padding_mask=hidden)
+    (output.sum() + weights.square().sum()).backward()
+    for x in (output, weights, query.grad, history.grad[~hidden]):
+        assert x.isfinite().all()
+
+
 def test_reads_no_value_of_a_fake_tensor() -> None:
     """A fake tensor has none: what passes here costs no synchronisation on an accelerator."""
     ours = FusedMultiHeadAttention(DIM, HEADS, batch_first=True, add_zero_attn=True)

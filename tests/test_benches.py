@@ -133,7 +133,7 @@ def _planted(mine, **peers):
 
 
 def _run(case):
-    return run_case(case, CPU, threads=1, floors=None, seconds=0.0)
+    return run_case(case, CPU, threads=1, seconds=0.0)
 
 
 def test_a_wrong_result_of_ours_has_no_speed():
@@ -306,6 +306,14 @@ def test_floors():
     assert floors.read_rate(1) == 50.0
     assert floors.read_rate(100) == pytest.approx(250**0.5)
     assert floors.seconds(Counts(flops=1.0, bytes=1.0, exps=30.0), "fp32") == (3.0, "exponentials")
+
+
+def test_the_better_of_two_measured_floors():
+    disturbed = Floors({"fp32": 8.0, "bf16": 20.0}, [(10, 50.0), (1000, 7.0)], 9.0)
+    undisturbed = Floors({"fp32": 10.0, "bf16": 19.0}, [(10, 40.0), (1000, 8.0)], 8.0)
+    assert disturbed.better(undisturbed) == Floors(
+        {"fp32": 10.0, "bf16": 20.0}, [(10, 50.0), (1000, 8.0)], 9.0
+    )
 
 
 def test_floors_are_measured():

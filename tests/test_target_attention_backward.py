@@ -292,6 +292,21 @@ class TestBatchInvariance:
             index = 1 if name in OF_ROWS else 2
             assert torch.equal(grad, torch.cat([whole[name][parts[user][index]] for user in order])), name
 
+    @pytest.mark.cpu_only("what is written past the caches")
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dim", [16, 20, 32, 64])
+    def test_large_gradients(self, dtype, dim):
+        """From 2 MiB on they go past the caches, where rows fill lines of 64 bytes; a user's alone do not."""
+        events = 2**18 // dim // dtype.itemsize + 7
+        batch = make_jagged([2, 1, 0, 9], [events] * 4, kv_heads=2, dim=dim, dtype=dtype, options=OPTIONS)
+        grad_out, grad_lse = grads_of_outputs(batch)
+        whole = gradients(batch, grad_out, grad_lse)
+        assert 2 << 20 <= whole["key"].nbytes < 32 << 20
+        for part, rows, of_events in (of_user(batch, user) for user in range(4)):
+            for name, grad in gradients(part, grad_out[rows], grad_lse[rows]).items():
+                assert grad.nbytes < 1 << 20
+                assert torch.equal(grad, whole[name][rows if name in OF_ROWS else of_events]), name
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("events", [300, 2300])
     @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])

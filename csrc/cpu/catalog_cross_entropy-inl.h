@@ -249,7 +249,7 @@ struct CrossEntropyGradientReadout {
           V::store(sum + d, V::add(load_part<V>(so_far + d, a.head_dim - d), V::load(sum + d)));
         }
       }
-      store_row<V>(sum, a.head_dim, gradient.table_element,
+      store_row<V>(sum, 1, a.head_dim, gradient.table_element,
                    static_cast<char*>(gradient.table) + place * element_bytes(gradient.table_element));
     }
   }

@@ -73,17 +73,50 @@ ATTNREC_INLINE void load_row(const void* data, Element element, int head_dim, ty
   });
 }
 
+template <class V, class Stored>
+ATTNREC_INLINE void store_numbers(const typename V::Real* row, int n, typename V::Real factor, Stored* to) {
+  const auto numbers = [&](int d) ATTNREC_LAMBDA { return V::mul(V::load(row + d), V::set1(factor)); };
+  int d = 0;
+  for (; d + V::kWidth <= n; d += V::kWidth) V::store(to + d, numbers(d));
+  if (d < n) {
+    Stored part[V::kWidth];
+    V::store(part, numbers(d));
+    for (int i = 0; d + i < n; i++) to[d + i] = part[i];
+  }
+}
+
+// `load_row`'s inverse.
 template <class V>
-ATTNREC_INLINE void store_row(const typename V::Real* row, int head_dim, Element element, void* data) {
+ATTNREC_INLINE void store_row(const typename V::Real* row, typename V::Real factor, int head_dim,
+                              Element element, void* data) {
   with_element<V>(element, data, [&](auto* typed) __attribute__((always_inline)) {
-    auto* to = const_cast<std::remove_const_t<std::remove_pointer_t<decltype(typed)>>*>(typed);
-    int d = 0;
-    for (; d + V::kWidth <= head_dim; d += V::kWidth) V::store(to + d, V::load(row + d));
-    if (d < head_dim) {
-      std::remove_reference_t<decltype(*to)> part[V::kWidth];
-      V::store(part, V::load(row + d));
-      for (int i = 0; d + i < head_dim; i++) to[d + i] = part[i];
+    using Stored = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    store_numbers<V>(row, head_dim, factor, const_cast<Stored*>(typed));
+  });
+}
+
+// Rows `row_stride` apart, times `factor`, to rows of `element` that are `stride` elements apart. With
+// `stream` whole lines go past the caches, which pays where these will not hold the result: a usual store
+// reads a line before it writes to it.
+template <class V>
+void store_rows(const typename V::Real* rows, int64_t row_stride, int64_t count, typename V::Real factor,
+                int head_dim, Element element, void* data, int64_t stride, bool stream) {
+  with_element<V>(element, data, [&](auto* typed) __attribute__((always_inline)) {
+    using Stored = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+    constexpr int kLine = 64 / sizeof(Stored);
+    auto* to = const_cast<Stored*>(typed);
+    const bool lines =
+        head_dim % kLine == 0 && stride % kLine == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+    if (stream && lines) {
+      for (int64_t i = 0; i < count; i++) {
+        for (int d = 0; d < head_dim; d += kLine) {
+          V::stream_line(to + i * stride + d, rows + i * row_stride + d, factor);
+        }
+      }
+      return;
     }
+    for (int64_t i = 0; i < count; i++)
+      store_numbers<V>(rows + i * row_stride, head_dim, factor, to + i * stride);
   });
 }
 

@@ -87,7 +87,7 @@ struct WeightedValue {
       const int64_t row = unit.candidate(r) * a.heads + unit.query_head(r);
       const typename V::Reg inverse = V::set1(softmax.inverse(total));
       for (int d = 0; d < width; d += V::kWidth) V::store(sum + d, V::mul(V::load(sum + d), inverse));
-      store_row<V>(sum, a.head_dim, a.element,
+      store_row<V>(sum, 1, a.head_dim, a.element,
                    static_cast<char*>(out) + row * a.head_dim * element_bytes(a.element));
       lse[row] = softmax.lse(r, total);
     }

@@ -131,21 +131,25 @@ struct Backward {
 
   void finish(const GradQuery& to) {
     const int D = a.head_dim;
+    const Real scale = static_cast<Real>(a.scale);
     for (int r = 0; r < whole.rows; r++) {
       if (with_self()) finish_self_slot(r);
       const int64_t row = (whole.candidate(r) - whole.first) * a.heads + whole.query_head(r);
-      store_scaled(grad_query + static_cast<int64_t>(r) * width, a.scale, to.element,
+      store_row<V>(grad_query + static_cast<int64_t>(r) * width, scale, D, to.element,
                    static_cast<char*>(to.data) + row * D * element_bytes(to.element));
     }
     clear(self, width);  // what events beyond the last get
-    for (int64_t event = whole.first_event; event < stored_end(); event++) {
-      const bool exists = event < whole.last_event;
-      const int64_t i = (event - whole.first_event) * width;
-      const int64_t byte =
-          ((a.kv_offsets[whole.user] + event) * a.kv_heads + whole.kv_head) * D * element_bytes(a.element);
-      store_scaled(exists ? grad_key + i : self, a.scale, a.element, static_cast<char*>(g.grad_key) + byte);
-      store_scaled(exists ? grad_value + i : self, 1, a.element, static_cast<char*>(g.grad_value) + byte);
-    }
+    const int64_t events = whole.last_event - whole.first_event, beyond = stored_end() - whole.last_event,
+                  stride = int64_t{a.kv_heads} * D;
+    const auto store = [&](const Real* rows, Real factor, void* gradient) {
+      const int64_t first = (a.kv_offsets[whole.user] + whole.first_event) * stride + whole.kv_head * D;
+      char* to = static_cast<char*>(gradient) + first * element_bytes(a.element);
+      store_rows<V>(rows, width, events, factor, D, a.element, to, stride, g.stream);
+      to += events * stride * element_bytes(a.element);
+      store_rows<V>(self, 0, beyond, 1, D, a.element, to, stride, g.stream);
+    };
+    store(grad_key, scale, g.grad_key);
+    store(grad_value, 1, g.grad_value);
   }
 
  private:
@@ -249,11 +253,6 @@ struct Backward {
       V::store(to + d, V::fma(V::set1(factor), V::load(row + d), V::load(to + d)));
     }
   }
-  void store_scaled(Real* row, double scale, Element element, void* to) const {
-    for (int d = 0; d < width; d += W)
-      V::store(row + d, V::mul(V::load(row + d), V::set1(static_cast<Real>(scale))));
-    store_row<V>(row, a.head_dim, element, to);
-  }
 
   bool with_self() const { return a.self_key.data && whole.first_event == 0; }
 
@@ -285,8 +284,9 @@ struct Backward {
     }
     if ((r + 1) % whole.group == 0) {
       const int64_t byte = (c * a.kv_heads + whole.kv_head) * a.head_dim * element_bytes(a.element);
-      store_scaled(dk, a.scale, a.element, static_cast<char*>(g.grad_self_key) + byte);
-      store_scaled(dv, 1, a.element, static_cast<char*>(g.grad_self_value) + byte);
+      store_row<V>(dk, static_cast<Real>(a.scale), a.head_dim, a.element,
+                   static_cast<char*>(g.grad_self_key) + byte);
+      store_row<V>(dv, 1, a.head_dim, a.element, static_cast<char*>(g.grad_self_value) + byte);
     }
   }
 
@@ -433,7 +433,7 @@ void target_attention_backward_add(const void* parts, int64_t count, int64_t str
     }
     Real row[V::kWidth];
     V::store(row, sum);
-    store_row<V>(row, left, element, static_cast<char*>(out) + i * element_bytes(element));
+    store_row<V>(row, 1, left, element, static_cast<char*>(out) + i * element_bytes(element));
   }
 }
 

@@ -69,6 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> target_attention_back
   g.grad_self_key = grad_self_key.mutable_data_ptr();
   g.grad_self_value = grad_self_value.mutable_data_ptr();
   g.grad_key_bias = grad_key_bias.mutable_data_ptr();
+  g.stream = past_caches(grad_key.numel() * element_bytes(a.element));
 
   // Where a history has several pieces, each has its own sum for the query's gradient.
   struct Parts {

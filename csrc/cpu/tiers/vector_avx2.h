@@ -37,6 +37,18 @@ struct Avx2Vector {
   ATTNREC_INLINE void store(Half* p, Reg r) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT));
   }
+  // Numbers that fill a line of 64 bytes, times `factor`, past the caches, to an address that is a multiple
+  // of them.
+  template <class Stored>
+  ATTNREC_INLINE void stream_line(Stored* to, const float* from, float factor) {
+    alignas(32) Stored line[64 / sizeof(Stored)];
+    for (int d = 0; d < static_cast<int>(64 / sizeof(Stored)); d += kWidth) {
+      store(line + d, mul(load(from + d), set1(factor)));
+    }
+    const auto* half = reinterpret_cast<const __m256i*>(line);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), half[0]);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + 1, half[1]);
+  }
   ATTNREC_INLINE Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   ATTNREC_INLINE Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
   ATTNREC_INLINE Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }

@@ -34,6 +34,14 @@ struct PortableVector {
   ATTNREC_INLINE void store(Half* p, Reg r) {
     for (int i = 0; i < kWidth; i++) p[i] = to_half(static_cast<float>(r[i]));
   }
+  // Numbers that fill a line of 64 bytes, times `factor`; as any others, there is no way past the caches
+  // here.
+  template <class Stored>
+  ATTNREC_INLINE void stream_line(Stored* to, const Real* from, Real factor) {
+    for (int d = 0; d < static_cast<int>(64 / sizeof(Stored)); d += kWidth) {
+      store(to + d, mul(load(from + d), set1(factor)));
+    }
+  }
   ATTNREC_INLINE Reg add(Reg a, Reg b) { return a + b; }
   ATTNREC_INLINE Reg sub(Reg a, Reg b) { return a - b; }
   ATTNREC_INLINE Reg mul(Reg a, Reg b) { return a * b; }

@@ -145,6 +145,17 @@ class Floors:
     bandwidth: list[tuple[int, float]]
     exps: float
 
+    def better(self, other: Floors) -> Floors:
+        """The higher of each rate of two measurements of one machine."""
+        return Floors(
+            {dtype: max(rate, other.flops[dtype]) for dtype, rate in self.flops.items()},
+            [
+                (size, max(rate, again))
+                for (size, rate), (_, again) in zip(self.bandwidth, other.bandwidth, strict=True)
+            ],
+            max(self.exps, other.exps),
+        )
+
     def seconds(self, counts: Counts, dtype: str) -> tuple[float, str]:
         """The least time for this work, and which limit it is."""
         limits = {

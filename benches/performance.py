@@ -41,9 +41,9 @@ How to read it:
 - Contenders take turns in one process, in samples of at least 20 ms (40 where an engine brings its own
   threads). Times are medians. A **ratio** is the peer's time over attnrec's, above 1 where attnrec is
   faster, and is the median of the rounds' ratios.
-- **Share** is the time that the machine would need at its own measured limit (matrix products, reading
-  memory, or exponentials, the largest of the three) over the time taken. It counts the work that the result
-  needs, not what somebody does.
+- **Share** is the time that the machine would need at its own limit, measured before and after
+  (matrix products, reading memory, or exponentials, the largest of the three) over the time taken. It counts
+  the work that the result needs, not what somebody does.
 - On a GPU a time is what lies between two events around a call, each with a cold L2 cache, so that small
   calls show their kernels and not their launches (`--graphs`: replays of a CUDA graph).
 - A name that begins with `+` is attnrec's own call with something added; ×1.05 is five percent more time.

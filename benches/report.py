@@ -68,7 +68,7 @@ def _head(results: dict[str, Any]) -> str:
         "faster), taken round by round. <b>Share</b> is the machine's floor for the counted work over the "
         "time. <b>Memory</b>: "
         f"{html.escape(results['memory'])}.</p>"
-        f"<p class='machine'>Floors measured at the start: {'; '.join(limits)}.</p>"
+        f"<p class='machine'>Floors, the better of start and end: {'; '.join(limits)}.</p>"
     )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from benches.case import VARIANT, Case, Contender, Problem, Refused, Verdict
+from benches.case import VARIANT, Case, Contender, Counts, Problem, Refused, Verdict
 from benches.machine import Floors
 from benches.measure import (
     SAMPLE,
@@ -52,7 +52,6 @@ def run_case(
     device: torch.device,
     *,
     threads: int,
-    floors: Floors | None,
     seconds: float = 3.0,
     graphs: bool = False,
     backend: str | None = None,
@@ -81,8 +80,6 @@ def run_case(
         counts = problem.counts()
         row |= {"flops": counts.flops, "bytes": counts.bytes, "exps": counts.exps}
         row["backend"] = problem.backend()
-        if floors is not None:
-            row["floor_seconds"], row["bound"] = floors.seconds(counts, case.dtype)
         right = _right_contenders(case, problem, device, row, say)
         if OURS not in right:
             return row  # without ours there is nothing to compare with
@@ -162,8 +159,7 @@ def timed_call(contender: Contender, device: torch.device) -> tuple[Any, float]:
 
 
 def result(times: Times, row: Row, memory: int | None, verdict: Verdict | None, note: str) -> dict[str, Any]:
-    """What a row tells of one contender: `share` is the floor over its time, `ratio` its time over ours."""
-    floor = row.get("floor_seconds")
+    """What a row tells of one contender: `ratio` is its time over ours, `share` is `take_shares`'."""
     return {
         "seconds": times.median,
         "p10": times.p10,
@@ -173,12 +169,21 @@ def result(times: Times, row: Row, memory: int | None, verdict: Verdict | None, 
         "calls_per_sample": times.calls,
         "gflops": row["flops"] / times.median / 1e9,
         "gbytes_per_second": row["bytes"] / times.median / 1e9,
-        "share": None if floor is None else floor / times.median,
+        "share": None,
         "memory": memory,
         "error": None if verdict is None else verdict.error,
         "allowed": None if verdict is None else verdict.allowed,
         "note": note,
     }
+
+
+def take_shares(rows: Sequence[Row], floors: Floors) -> None:
+    """Sets each row's floor, and of each contender the share that the floor is of its time."""
+    for row in rows:
+        counts = Counts(row["flops"], row["bytes"], row["exps"])
+        row["floor_seconds"], row["bound"] = floors.seconds(counts, row["dtype"])
+        for of in row["results"].values():
+            of["share"] = row["floor_seconds"] / of["seconds"]
 
 
 def is_ours(name: str) -> bool:

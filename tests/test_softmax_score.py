@@ -230,7 +230,7 @@ def test_offsets_of_either_integer(dtype):
 def outcome(users, items, offsets, bias):
     leaves = [x.detach().clone().requires_grad_() for x in (users, items, bias)]
     scores = attnrec.softmax_score(leaves[0], leaves[1], offsets, bias=leaves[2])
-    grad = torch.sin(torch.arange(scores.shape[0]).double()).to(scores.dtype)  # depends on the place alone
+    grad = torch.sin(torch.arange(scores.shape[0]).to(scores.dtype))  # depends on the place alone
     return scores.detach(), *torch.autograd.grad(scores, leaves, grad)
 
 
@@ -256,22 +256,6 @@ def test_a_user_alone_gets_the_same_bits(dtype):
     assert torch.equal(again[1][:1], alone[1])
     assert torch.equal(again[2][:long], alone[2])
     assert torch.equal(again[3][:long], alone[3])
-
-
-@pytest.mark.cpu_only("what is written past the caches")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [24, 32])
-def test_large_gradients_have_the_same_bits(dtype, dim):
-    """From 2 MiB on they go past the caches, where items fill lines of 64 bytes; a user's alone do not."""
-    count = (2 << 20) // dim // dtype.itemsize * 3 // 4
-    users, items, offsets, bias = make([count, 2, count], dim, dtype, torch.float32)
-    bias[[0, 5]] = -torch.inf
-    together = outcome(users, items, offsets, bias)
-    assert 2 << 20 <= together[2].nbytes < 32 << 20
-    first = outcome(users[:1], items[:count], make_offsets([count]), bias[:count])
-    assert first[2].nbytes < 2 << 20
-    assert torch.equal(together[2][:count], first[2])
-    assert torch.equal(together[1][:1], first[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -39,12 +39,6 @@ inline ScalarType working_dtype(Element element) {
   return element == Element::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether a result of so many bytes is better written past the caches. Two of them, one candidate's gradient
-// with respect to 200 events a user, and a sum over both took 1.03 of the time at 0.8 MB each, 1 / 1.16
-// at 1.6 and 1 / 1.3 to 1 / 1.45 from 3.3 on (2 cores with 1 MiB of L2 each). From 32 MiB on malloc gives new
-// pages each time, of which the system has just written zeros into the caches: at 39 MB 1.08 of the time.
-inline bool past_caches(int64_t bytes) { return bytes >= int64_t{2} << 20 && bytes < int64_t{32} << 20; }
-
 // This thread's scratch memory, at least `bytes`, 64-byte aligned, kept for the next call.
 void* thread_scratch(int64_t bytes);
 

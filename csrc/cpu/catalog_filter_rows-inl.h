@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/catalog_filter.h"
-#include "cpu/products-inl.h"
+#include "cpu/rows-inl.h"
 
 namespace attnrec::cpu {
 namespace {

@@ -111,7 +111,7 @@ int64_t softmax_score_backward_unit(const Attention& a, const Unit& unit, void* 
   const int D = a.head_dim, width = padded<V>(D), bytes = element_bytes(a.element);
   Arena arena(memory);
   Real* user = arena.take<Real>(width);
-  Real* zeros = arena.take<Real>(width);
+  Real* item = arena.take<Real>(width);
   Real* total = arena.take<Real>(width);
   Real* bias = arena.take<Real>(kKeys);
   Real* p = arena.take<Real>(kKeys);
@@ -120,10 +120,7 @@ int64_t softmax_score_backward_unit(const Attention& a, const Unit& unit, void* 
   if (!memory) return arena.used();
 
   load_row<V>(a.query.at(unit.first, 0, a.element), a.element, D, 1, user);
-  for (int i = 0; i < width; i += W) {
-    V::store(total + i, V::zero());
-    V::store(zeros + i, V::zero());
-  }
+  for (int i = 0; i < width; i += W) V::store(total + i, V::zero());
   const typename V::Reg mean = V::set1(static_cast<Real>(gradient.weighted_grad));
   const typename V::Reg scale = V::set1(static_cast<Real>(a.scale));
   for (int64_t begin = unit.first_event; begin < unit.last_event; begin += kKeys) {
@@ -141,8 +138,10 @@ int64_t softmax_score_backward_unit(const Attention& a, const Unit& unit, void* 
     for (int i = 0; i < n; i += W) V::store(d + i, V::mul(V::load(d + i), scale));
     for (int i = 0; i < n; i++) {
       const bool hidden = hide && hide[i] == -std::numeric_limits<Real>::infinity();
-      store_rows<V>(hidden ? zeros : user, 0, 1, d[i], D, a.element,
-                    static_cast<char*>(gradient.grad_items) + (first + i) * D * bytes, D, gradient.stream);
+      for (int k = 0; k < width; k += W) {
+        V::store(item + k, hidden ? V::zero() : V::mul(V::set1(d[i]), V::load(user + k)));
+      }
+      store_row<V>(item, 1, D, a.element, static_cast<char*>(gradient.grad_items) + (first + i) * D * bytes);
     }
     int64_t stride = 0;
     const Real* items = event_rows<V>(a.key.at(first, 0, a.element), a.element, a.key.row_stride, n, D, hide,

@@ -140,8 +140,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_score_backward(Tensor grad, Tensor us
                                     0,
                                     grad_items.mutable_data_ptr(),
                                     static_cast<Real*>(partial.mutable_data_ptr()) + i * D,
-                                    bias ? grad_bias.mutable_data_ptr() : nullptr,
-                                    past_caches(grad_items.numel() * element_bytes(a.element))};
+                                    bias ? grad_bias.mutable_data_ptr() : nullptr};
       for (int64_t u = arguments.first_unit[user]; u < arguments.first_unit[user + 1]; u++) {
         gradient.weighted_grad += weighted[u];
       }

@@ -13,7 +13,6 @@ struct SoftmaxScoreGradient {
   void* grad_items = nullptr;           // [T_c, D], contiguous
   void* grad_user = nullptr;            // [D], Real: what this unit's items add to it
   void* grad_bias = nullptr;            // [T_c], the bias's dtype, where there is one
-  bool stream = false;                  // whether grad_items goes past the caches
 };
 
 }  // namespace attnrec::cpu

@@ -144,9 +144,9 @@ struct Backward {
     const auto store = [&](const Real* rows, Real factor, void* gradient) {
       const int64_t first = (a.kv_offsets[whole.user] + whole.first_event) * stride + whole.kv_head * D;
       char* to = static_cast<char*>(gradient) + first * element_bytes(a.element);
-      store_rows<V>(rows, width, events, factor, D, a.element, to, stride, g.stream);
+      store_rows<V>(rows, width, events, factor, D, a.element, to, stride, g.past_caches);
       to += events * stride * element_bytes(a.element);
-      store_rows<V>(self, 0, beyond, 1, D, a.element, to, stride, g.stream);
+      store_rows<V>(self, 0, beyond, 1, D, a.element, to, stride, g.past_caches);
     };
     store(grad_key, scale, g.grad_key);
     store(grad_value, 1, g.grad_value);
@@ -202,7 +202,10 @@ struct Backward {
         p[k] = kWeights ? score : weights_of(score, lse[k], rest[k]);
         ds[k] = V::mul(p[k], V::sub(V::load(grad_weight + (r + k) * kKeys + i), less[k]));
         // The weight is 0 from there on, but not where the row's log-sum-exp is NaN, nor is 0 · NaN.
-        if (!all) p[k] = V::first(p[k], n[k] - i, 0), ds[k] = V::first(ds[k], n[k] - i, 0);
+        if (!all) {
+          p[k] = V::first(p[k], n[k] - i, 0);
+          ds[k] = V::first(ds[k], n[k] - i, 0);
+        }
         // For the product with keys; as numbers it is what `keep_rows` keeps.
         if constexpr (!std::is_same_v<Item, Real>) keys.keep(r + k, i, grad_score + at, ds[k]);
       }

@@ -12,7 +12,7 @@ struct AttentionGradients {
   // input.
   void *grad_key = nullptr, *grad_value = nullptr, *grad_self_key = nullptr, *grad_self_value = nullptr;
   void* grad_key_bias = nullptr;
-  bool stream = false;  // whether grad_key and grad_value go past the caches
+  bool past_caches = false;  // whether grad_key and grad_value go past the caches
 };
 
 // Where a unit's part of the query's gradient goes: [candidates of the user, heads, D], contiguous.

@@ -356,10 +356,12 @@ def softmax_end(m, l):
 
 @triton.jit
 def self_slot(q, self_key, candidates, kv_head, row_stride, head_stride, valid, factor, D, BLOCK_D):
-    """The softmax of rows before their first event, with a self slot: `(m, l)`, its score and 1."""
+    """The softmax of rows before their first event, with a self slot: `(m, l)`, its score and 1, or 0 where
+    that is -inf."""
     k = load_rows(self_key, candidates, kv_head + candidates * 0, row_stride, head_stride, valid, D, BLOCK_D)
     m = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * factor
-    return m, m - m + 1.0  # 1, but NaN where the score is: no event may come to bring it in
+    l = m - m + 1.0  # 1, but NaN where the score is: no event may come to bring it in
+    return m, tl.where(m == -float("inf"), 0.0, l)
 
 
 @triton.jit

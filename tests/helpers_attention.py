@@ -58,11 +58,25 @@ def below_zero(dtype: torch.dtype, **changes) -> Jagged:
     return batch
 
 
+def without_self_slot(score: float = -INF, **changes) -> Jagged:
+    """Every second row of a user has a self slot with that score, or below it. The third user sees nothing
+    else, as its events are hidden, and the last one has none."""
+    batch = make_jagged(
+        [33, 2, 8, 6], [300, 7, 20, 0], **{"heads": 2, "dim": 16, "options": ["self", "key_bias"], **changes}
+    )
+    batch.key_bias[307:327] = -INF
+    batch.query[..., 0] = batch.query[..., 0].abs() + 1
+    for first, end in zip(batch.q_offsets[:-1].tolist(), batch.q_offsets[1:].tolist(), strict=True):
+        batch.self_key[first:end:2] = 0
+        batch.self_key[first:end:2, :, 0] = score
+    return batch
+
+
 def attend(batch: Jagged, **changes) -> tuple[Tensor, Tensor]:
     return attnrec.target_attention(*batch.args, return_lse=True, **{**batch.options, **changes})
 
 
-def gradients(batch: Jagged, grad_out: Tensor, grad_lse: Tensor) -> dict[str, Tensor]:
+def gradients(batch: Jagged, grad_out: Tensor, grad_lse: Tensor, **changes) -> dict[str, Tensor]:
     """Gradients of the batch's floating tensors by field, for gradients of `out` and `lse`."""
     leaves = {
         name: x.detach().requires_grad_()
@@ -70,7 +84,10 @@ def gradients(batch: Jagged, grad_out: Tensor, grad_lse: Tensor) -> dict[str, Te
         if isinstance(x, Tensor) and x.is_floating_point()
     }
     grads = torch.autograd.grad(
-        attend(batch.with_(**leaves)), list(leaves.values()), (grad_out, grad_lse), materialize_grads=True
+        attend(batch.with_(**leaves), **changes),
+        list(leaves.values()),
+        (grad_out, grad_lse),
+        materialize_grads=True,
     )
     return dict(zip(leaves, grads, strict=True))
 

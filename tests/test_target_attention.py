@@ -18,6 +18,7 @@ from helpers_attention import (
     of_user,
     shuffled,
     together,
+    without_self_slot,
 )
 from hypothesis import given
 from runners import RUNNER
@@ -140,6 +141,19 @@ def test_a_row_that_sees_nothing_has_zeros_and_minus_infinity(device):
         out, lse = attend(batch, **blind)
         assert (out == 0).all()
         assert (lse == -INF).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_self_slot_with_a_score_of_minus_infinity(device, dtype):
+    """It has weight 0, and where a row sees nothing else it sees nothing."""
+    batch = without_self_slot(dtype=dtype).to(device)
+    check(batch)
+    for user in (2, 3):
+        part, _, _ = of_user(batch, user)
+        out, lse = attend(part)
+        assert (out[::2] == 0).all()
+        assert (lse[::2] == -INF).all()
+        assert lse[1::2].isfinite().all()
 
 
 class TestNaN:

@@ -19,6 +19,7 @@ from helpers_attention import (
     of_user,
     shuffled,
     together,
+    without_self_slot,
 )
 from hypothesis import given
 from runners import RUNNER
@@ -116,6 +117,17 @@ class TestAgainstReference:
         """One whose exponential is infinite, as a kernel may take it for rows that do not exist."""
         batch = mixed(options=["key_bias"], dtype=dtype)
         check(batch.with_(key_bias=batch.key_bias + 300).to(device), slack=2.0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_self_slot_whose_score_overflows(self, device, dtype):
+        """It has weight 0 and no gradients; and where a row sees nothing else, it has none at all."""
+        batch = without_self_slot(-3e38, dtype=dtype)
+        users = [of_user(batch, user)[0] for user in range(4)]
+        check(together(users[:2]).to(device), scale=2.0, slack=4.0)
+        for part in users[2:]:
+            part = part.to(device)
+            for name, grad in gradients(part, *grads_of_outputs(part), scale=2.0).items():
+                assert (grad[::2] == 0).all() if name in OF_ROWS else (grad == 0).all()
 
     def test_causal(self, device):
         batch = make_jagged([150, 20], [150, 20], dim=16)

@@ -15,6 +15,7 @@ from helpers_attention import (
     mixed,
     of_rows,
     of_user,
+    without_self_slot,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +130,12 @@ class TestAll:
     @given(batch=jagged_batches(dtypes=DTYPES, dims=[8, 16, 20, 64]))
     def test_any_batch(self, device, batch):
         check(batch.to(device), slack=4.0)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_self_slot_with_a_score_of_minus_infinity(self, device, dtype):
+        batch = without_self_slot(dtype=dtype).to(device)
+        check(batch)
+        check_top(batch, 12)
 
     def test_they_add_up(self, device):
         batch = mixed(options=["kv_lengths", "visible", "key_bias"]).to(device)

@@ -321,9 +321,11 @@ template <class V, class Softmax, class Take>
 void start_softmax(const Attention& a, const Unit& unit, Softmax& softmax, Take&& take) {
   if (!a.self_key.data) return softmax.clear(unit.rows);
   for (int r = 0; r < unit.rows; r++) {
-    const typename V::Real score = self_score<V>(a, unit, r);
-    // 1, but NaN where the score is: no event may come to bring it in.
-    take(r, softmax.start(r, score, score - score + 1));
+    using Real = typename V::Real;
+    const Real score = self_score<V>(a, unit, r);
+    // 0 where the score is -inf, else 1, but NaN where it is: no event may come to bring it in.
+    const Real weight = score == -std::numeric_limits<Real>::infinity() ? 0 : score - score + 1;
+    take(r, softmax.start(r, score, weight));
   }
 }
 

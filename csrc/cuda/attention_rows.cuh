@@ -106,8 +106,7 @@ struct AttentionRows {
     for (int h = 0; h < 2; h++) {
       const float m = self_product<D>(a, rows, queries, row_of(h), kv_head) * scoring.factor;
       softmax.m[0][h] = m;
-      const float one = ptx::exp2(m - m);  // or NaN, as of a NaN's softmax
-      softmax.l[0][h] = lane() % 4 == 0 ? one : 0.0f;
+      softmax.l[0][h] = lane() % 4 == 0 ? self_weight(m) : 0.0f;
     }
   }
 

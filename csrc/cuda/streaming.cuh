@@ -336,6 +336,9 @@ __device__ __forceinline__ float self_product(const Attention& a, const RowTile&
   return of_row(product);
 }
 
+// What a softmax that starts from a self slot with score m weighs: 1, or 0 where that is -inf, or NaN.
+__device__ __forceinline__ float self_weight(float m) { return m == -infinity() ? 0.0f : ptx::exp2(m - m); }
+
 // How far, in units of log2, a score may lie above a row's base before the base moves: weights up to 2^8 are
 // as good as weights up to 1 in fp32 sums and as bf16 or fp16 operands. It moves a few times in a history;
 // the rest of the time a row's maximum is not needed, and the warp does not exchange it: one vote in place of

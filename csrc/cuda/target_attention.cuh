@@ -196,16 +196,15 @@ __global__ __launch_bounds__(kMostThreads, kAttentionBlocks<Kind, D>) void targe
         const int r = row_of(i, h), t = lane() % 4;
         sums.softmax.m[i][h] = self_product<D>(a, rows, queries, r, kv_head) * p.factor;
         if (!rows.valid(r)) continue;
-        const float one =
-            ptx::exp2(sums.softmax.m[i][h] - sums.softmax.m[i][h]);  // or NaN, as of a NaN's softmax
-        sums.softmax.l[i][h] = t == 0 ? one : 0.0f;
+        const float weight = self_weight(sums.softmax.m[i][h]);
+        sums.softmax.l[i][h] = t == 0 ? weight : 0.0f;
         const T* v = row_at(a.self_value, r, kv_head) + first_column;
 #pragma unroll
         for (int d = 0; d < V / 8; d++) {
 #pragma unroll
           for (int c = 0; c < 2; c++) {
             const int column = 8 * d + 2 * t + c;
-            if (column < dim) sums.acc[i][d][2 * h + c] = to_float(v[column]) * one;
+            if (column < dim) sums.acc[i][d][2 * h + c] = to_float(v[column]) * weight;
           }
         }
       }

@@ -61,6 +61,31 @@ struct StreamScratch {
         scores(arena.take<typename V::Real>(Products::kRows * kKeys)) {}
 };
 
+// The biases of n events from row `first` on for a head, in the unit of scores. Returns whether one hides its
+// event: packing goes around hidden events one by one, which cost a quarter of a call with one candidate a
+// user.
+template <class V>
+bool load_bias(const Attention& a, int64_t first, int n, int head, typename V::Real* to) {
+  using Real = typename V::Real;
+  const int64_t at = first * a.bias_row_stride + head * a.bias_head_stride;
+  if (a.bias_element == Element::kFloat32) {
+    const float* from = static_cast<const float*>(a.key_bias) + at;
+    for (int i = 0; i < n; i++, from += a.bias_row_stride) to[i] = *from;
+  } else {
+    for (int i = 0; i < n; i++)
+      to[i] = load_element<Real>(a.key_bias, at + i * a.bias_row_stride, a.bias_element);
+  }
+  for (int i = n; i % V::kWidth; i++) to[i] = 0;
+  const typename V::Reg units = V::set1(static_cast<Real>(a.units));
+  typename V::Reg highest = V::zero();
+  for (int i = 0; i < n; i += V::kWidth) {
+    const typename V::Reg bias = V::mul(V::load(to + i), units);
+    V::store(to + i, bias);
+    highest = V::max(V::sub(V::zero(), bias), highest);
+  }
+  return V::maximum(highest) == std::numeric_limits<Real>::infinity();
+}
+
 // Whether a readout takes scores as they leave the product's registers, before they are a tile.
 template <class Readout>
 constexpr bool takes_registers() {
@@ -85,17 +110,11 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
 
   for (int64_t packed = unit.first_event; packed < longest; packed += span) {
     const int n = static_cast<int>(least(span, longest - packed));
-    const Real* bias = nullptr;
-    if (a.key_bias) {
-      bias = scratch.bias;
-      for (int i = 0; i < n; i++) {
-        const int64_t index = (event0 + packed + i) * a.bias_row_stride + unit.head * a.bias_head_stride;
-        scratch.bias[i] = load_element<Real>(a.key_bias, index, a.bias_element) * static_cast<Real>(a.units);
-      }
-    }
+    const Real *bias = a.key_bias ? scratch.bias : nullptr, *hide = nullptr;
+    if (bias && load_bias<V>(a, event0 + packed, n, unit.head, scratch.bias)) hide = bias;
     Products::pack_keys(a.key.at(event0 + packed, unit.kv_head, a.element), a.element, a.key.row_stride, n, D,
-                        bias, scratch.panels);
-    readout.pack(packed, n, bias);
+                        hide, scratch.panels);
+    readout.pack(packed, n, hide);
 
     for (int row = 0; row < unit.rows; row += Products::kRows) {
       const int rows = static_cast<int>(least(Products::kRows, unit.rows - row));

@@ -177,7 +177,14 @@ def of_launch(launched: Launched, case: Case) -> Modelled | None:
 
 
 def plain_case(op: str, dtype: str, head_dim: int) -> Case:
-    return {name: values[0] for name, values in OPS[op].axes.items()} | {"dtype": dtype, "head_dim": head_dim}
+    case = {name: values[0] for name, values in OPS[op].axes.items()}
+    return case | usual(op) | {"dtype": dtype, "head_dim": head_dim}
+
+
+def usual(op: str) -> Case:
+    """What batches have where it is not an option: more events than a chunk, and candidates enough for a
+    chip. A kernel that is ready for long histories serves them, whether there is one or not."""
+    return {"history": "long, full"} if "long, full" in OPS[op].axes.get("history", ()) else {}
 
 
 def ours(task: tuple[int, str, str, int]) -> list[Modelled]:
@@ -202,7 +209,7 @@ def by_model(arch: int) -> Callable[..., tune.Measure]:
     arch = min(arch, 90)
 
     def measure_of(name: str, entry: dict[str, Any], head_dim: int) -> tune.Measure:
-        case = next(iter(tune.cases_of(name, entry, head_dim)))
+        case = next(iter(tune.cases_of(name, entry, head_dim))) | usual(tune.OP_OF[name])
         kernels = {kernel for kernel, work in WORK.items() if work.table == name}
 
         def measure(launch: Launch) -> float | None:

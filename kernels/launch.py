@@ -38,12 +38,14 @@ cpu_tensors_allowed = False
 
 
 class Launch(NamedTuple):
-    """`block_m` rows and `block_n` columns of a tile, and Triton's own two parameters."""
+    """`block_m` rows and `block_n` columns of a tile, Triton's own two parameters, and the most registers of
+    a thread (None: as many as ptxas likes)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    registers: int | None = None
 
 
 def arch() -> int:

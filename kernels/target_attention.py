@@ -145,6 +145,41 @@ def _store_part(at, valid, m, l, acc, BLOCK_D: tl.constexpr):
     tl.store(at[1] + 2 * r + 1, l, mask=valid)
 
 
+@triton.jit
+def _after(parts, chunk, chunks, first, end, total_rows, m, l, acc, PACK: tl.constexpr):
+    """Merges a chunk's softmax into that of the chunks before it, which waits in memory, as two accumulators
+    do not fit into registers: as part 0. The chunk's own goes through part 1, and few rows of both are merged
+    at a time. Returns all of it behind the last chunk, else the state that the next chunk starts from."""
+    M: tl.constexpr = acc.shape[0]
+    D: tl.constexpr = acc.shape[1]
+    STRIP: tl.constexpr = 16
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    rows = (end - first) * PACK
+    before = _part(parts, 0, first, tile, tiles, total_rows, PACK, D)
+    at = _part(parts, tl.minimum(chunk, 1), first, tile, tiles, total_rows, PACK, D)
+    _store_part(at, tl.arange(0, M) < rows, m, l, acc, D)
+    m, l, acc = _nothing(M, D)
+    if chunk > 0:
+        tl.debug_barrier()
+        for row in range(0, M, STRIP):
+            _merge_rows(before, at, row, row + tl.arange(0, STRIP) < rows, D)
+        tl.debug_barrier()
+        if chunk + 1 == chunks:
+            m, l, acc = _load_part(before, tl.arange(0, M) < rows, D)
+    return m, l, acc
+
+
+@triton.jit
+def _merge_rows(at, at_next, row, valid, BLOCK_D: tl.constexpr):
+    """Merges rows from `row` on of a part into those of the part before it."""
+    at = (at[0] + row * BLOCK_D, at[1] + 2 * row)
+    at_next = (at_next[0] + row * BLOCK_D, at_next[1] + 2 * row)
+    m, l, acc = _load_part(at, valid, BLOCK_D)
+    m_next, l_next, acc_next = _load_part(at_next, valid, BLOCK_D)
+    m, l, acc = st.softmax_merge(m, l, acc, m_next, l_next, acc_next)
+    _store_part(at, valid, m, l, acc, BLOCK_D)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _forward(
     query,
@@ -234,22 +269,20 @@ def _forward(
     # The self slot comes before all loops: its addresses would be kept in registers through them.
     m, l, acc = _start(rows, own, factor, chunk, D, BLOCK_D, HAS_SELF)
     if CHUNKS == "in order":
-        m_before, l_before, acc_before = _nothing(BLOCK_M, BLOCK_D)
         for chunk in range(chunks):
             m, l, acc = _chunk(
                 (m, l, acc), rows, events, (q_at, valid), seen, least, most, chunk, factor,
                 D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_BIAS, PRECISION, CAREFUL,
             )  # fmt: skip
-            if chunk > 0:
-                m, l, acc = st.softmax_merge(m_before, l_before, acc_before, m, l, acc)
-            m_before, l_before, acc_before = m, l, acc
-            m, l, acc = _nothing(BLOCK_M, BLOCK_D)
-        m, l, acc = m_before, l_before, acc_before
+            if chunks > 1:
+                m, l, acc = _after(parts, chunk, chunks, st.afresh(first), end, total_rows, m, l, acc, PACK)
     else:
         m, l, acc = _chunk(
             (m, l, acc), rows, events, (q_at, valid), seen, least, most, chunk, factor,
             D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_BIAS, PRECISION, CAREFUL,
         )  # fmt: skip
+    first, end, head = st.afresh(first), st.afresh(end), st.afresh(head)
+    candidates, row_heads, valid = st.row_tile(first, end, head, PACK, BLOCK_M)
     if CHUNKS == "apart":
         at = _part(parts, chunk, first, tl.program_id(1), tl.num_programs(1), total_rows, PACK, BLOCK_D)
         _store_part(at, valid, m, l, acc, BLOCK_D)
@@ -362,8 +395,8 @@ def target_attention(
     apart = _chunks_apart(tiles * head_tiles, events)
     block_d = native_head_dim(dim)
     parts = None
-    if apart > 1:
-        parts = query.new_empty((apart, rows, heads, block_d + 2), dtype=torch.float32)
+    if events > CHUNK.value:
+        parts = query.new_empty((max(apart, 2), rows, heads, block_d + 2), dtype=torch.float32)
     common = {
         "D": dim,
         "BLOCK_D": block_d,
@@ -377,7 +410,7 @@ def target_attention(
     sizes = (users, rows, events, heads)
     strides = st.strides(query, key, value, self_key, self_value, key_bias)
     # In half precision what ptxas chooses does not spill, and more blocks are resident with it.
-    registers = most_registers(p.num_warps) if query.dtype == torch.float32 else None
+    registers = most_registers(p.num_warps) if query.dtype == torch.float32 else p.registers
 
     def forward(apart: int, chunks: str, careful: bool) -> None:
         _forward[tiles, head_tiles, apart](

@@ -48,12 +48,21 @@ def hot_loop(kernel: Kernel) -> Loop:
 def life(kernel: Kernel, loop: Loop, trips: int) -> list[Instr]:
     """The instructions of a warp from start to exit with `trips` iterations of `loop`.
 
-    Guards fall through and other loops run once, so that a masked last tile is counted. One exception: behind
-    the loop, a branch that jumps over two loops with tensor work is taken to be taken; it guards a second run
-    over everything, which is for rare input.
+    Guards fall through and other loops run once, so that a masked last tile is counted. Two exceptions behind
+    the loop: a branch is taken to be taken that jumps over two loops with tensor work, as it guards a second
+    run over everything, which is for rare input, or over a loop and a barrier, as it guards what is for
+    histories of several chunks.
     """
     code, at = kernel.code, {i.addr: n for n, i in enumerate(kernel.code)}
     headers = [l.header for l in tensor_loops(kernel)]
+    others = [l for l in loops(code) if l.header not in headers and len(l.path) > 1]
+
+    def rare(first: int, end: int) -> bool:
+        if sum(first < h < end for h in headers) >= 2:
+            return True
+        barrier = any(i.op == "BAR" for i in code[first:end])
+        return barrier and any(first < l.header and l.latch < end for l in others)
+
     path, n, seen = [], 0, set()
     while n < len(code) and n not in seen:
         seen.add(n)
@@ -66,8 +75,8 @@ def life(kernel: Kernel, loop: Loop, trips: int) -> list[Instr]:
         if i.op == "EXIT" and not i.conditional and not i.never:
             break
         target = at.get(i.target, -1) if i.op == "BRA" and not i.never else -1
-        skips = sum(n < h < target for h in headers) if n > loop.latch else 0
-        n = target if target > n and (not i.conditional or skips >= 2) else n + 1
+        taken = target > n and (not i.conditional or (n > loop.latch and rare(n, target)))
+        n = target if taken else n + 1
     return path
 
 

@@ -136,7 +136,8 @@ def section(results: dict[str, Any], source: str) -> str:
     ]
     packages = ", ".join(f"{name} {version}" for name, version in of["packages"].items())
     parts = [
-        f"## {of.get('gpu') or of['cpu']}, {of['threads']} threads\n",
+        # Processors that call themselves by one name may have twice the rate of each other.
+        f"## {of.get('gpu') or of['cpu']}, {of['threads']} threads, {limits[0]}\n",
         f"{machine.line(of)}\n",
         f"Peers: {packages or 'torch only'}. Measured limits: {', '.join(limits)}. "
         f"`{results['command']}`, {results['started'][:10]}, {results['seconds']:.0f} s; "

@@ -51,8 +51,8 @@ struct Unit {
   int64_t first_event = 0, last_event = INT64_MAX;  // of the user's history; only the backward cuts it
   int parts = 1;  // units in one: this and those of the heads that follow, each with as many rows
 
-  int64_t candidate(int row) const { return first + row / group; }
-  int query_head(int row) const { return head + row % group; }
+  int64_t candidate(int row) const { return first + (group == 1 ? row : row / group); }
+  int query_head(int row) const { return head + (group == 1 ? 0 : row % group); }
 };
 
 }  // namespace attnrec::cpu

@@ -218,21 +218,28 @@ struct RunningSoftmax {
     return rows;
   }
   void clear(int rows) {
-    for (int r = 0; r < rows; r++) start(r, -std::numeric_limits<float>::infinity(), 0);
+    const Real nothing = -std::numeric_limits<Real>::infinity();
+    for (int r = 0; r < rows; r++) start(r, kBase == Base::kNothing ? 0 : nothing, 0);
   }
-  // Starts a row from one score with the given weight: the self slot, or nothing. Returns what its value is
-  // to be multiplied by.
-  Real start(int row, Real score, Real weight) {
+  void start(int row, Real highest, Real weight) {
     Real* sum = lanes + static_cast<int64_t>(row) * W;
     V::store(sum, V::zero());
-    maximum[row] = score;
-    if constexpr (kBase == Base::kNothing) {
-      maximum[row] = 0;
-      Real powers[W];
-      V::store(powers, power(V::set1(score)));
-      weight *= powers[0];
+    maximum[row] = highest;
+    sum[0] = weight;
+  }
+  // Starts n <= W rows, from `row` on, from a score each, that of the self slot, and puts what its value is
+  // to be multiplied by in the score's place.
+  void start_from(int row, int n, Real* scores) {
+    Real powers[W];
+    if constexpr (kBase == Base::kNothing) V::store(powers, power(V::load(scores)));
+    for (int i = 0; i < n; i++) {
+      const Real score = scores[i];
+      // 0 where the score is -inf, else 1, but NaN where it is: no event may come to bring it in.
+      Real weight = score == -std::numeric_limits<Real>::infinity() ? 0 : score - score + 1;
+      if constexpr (kBase == Base::kNothing) weight *= powers[i];
+      start(row + i, kBase == Base::kNothing ? 0 : score, weight);
+      scores[i] = weight;
     }
-    return sum[0] = weight;
   }
   ATTNREC_INLINE typename V::Reg power(typename V::Reg x) {
     if constexpr (kShort) {
@@ -315,9 +322,9 @@ struct RunningSoftmax {
   }
 };
 
-// The score of row r's self slot, in base 2 as a tile's scores are.
+// The score of row r's self slot, in base 2 as a tile's scores are, in lanes yet to be added up.
 template <class V>
-typename V::Real self_score(const Attention& a, const Unit& unit, int r) {
+ATTNREC_INLINE typename V::Reg self_score_lanes(const Attention& a, const Unit& unit, int r) {
   using Real = typename V::Real;
   const int64_t c = unit.candidate(r);
   const void* key = a.self_key.at(c, unit.kv_head, a.element);
@@ -331,7 +338,12 @@ typename V::Real self_score(const Attention& a, const Unit& unit, int r) {
       sum = V::fma(V::mul(load_part<V>(of_query + d, left), factor), load_part<V>(of_key + d, left), sum);
     }
   });
-  return V::sum(sum);
+  return sum;
+}
+
+template <class V>
+typename V::Real self_score(const Attention& a, const Unit& unit, int r) {
+  return V::sum(self_score_lanes<V>(a, unit, r));
 }
 
 // The softmax of a unit's rows before their first event: nothing, or the self slot, of which
@@ -339,12 +351,20 @@ typename V::Real self_score(const Attention& a, const Unit& unit, int r) {
 template <class V, class Softmax, class Take>
 void start_softmax(const Attention& a, const Unit& unit, Softmax& softmax, Take&& take) {
   if (!a.self_key.data) return softmax.clear(unit.rows);
-  for (int r = 0; r < unit.rows; r++) {
-    using Real = typename V::Real;
-    const Real score = self_score<V>(a, unit, r);
-    // 0 where the score is -inf, else 1, but NaN where it is: no event may come to bring it in.
-    const Real weight = score == -std::numeric_limits<Real>::infinity() ? 0 : score - score + 1;
-    take(r, softmax.start(r, score, weight));
+  // A register of rows at a time: a row alone took a whole register's exponential and a sum over lanes.
+  constexpr int W = V::kWidth;
+  for (int first = 0; first < unit.rows; first += W) {
+    const int n = static_cast<int>(least(W, unit.rows - first));
+    typename V::Reg sums[W];
+    for (int i = 0; i < W; i++) sums[i] = i < n ? self_score_lanes<V>(a, unit, first + i) : V::zero();
+    V::transpose(sums);
+    for (int step = W / 2; step > 0; step /= 2) {
+      for (int i = 0; i < step; i++) sums[i] = V::add(sums[i], sums[i + step]);
+    }
+    typename V::Real weights[W];
+    V::store(weights, sums[0]);
+    softmax.start_from(first, n, weights);
+    for (int i = 0; i < n; i++) take(first + i, weights[i]);
   }
 }
 

@@ -177,6 +177,7 @@ def _merge_rows(at, at_next, row, valid, BLOCK_D: tl.constexpr):
     m, l, acc = _load_part(at, valid, BLOCK_D)
     m_next, l_next, acc_next = _load_part(at_next, valid, BLOCK_D)
     m, l, acc = st.softmax_merge(m, l, acc, m_next, l_next, acc_next)
+    tl.debug_barrier()  # threads of several warps have loaded a row's m and l, of which one stores
     _store_part(at, valid, m, l, acc, BLOCK_D)
 
 

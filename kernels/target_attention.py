@@ -154,18 +154,19 @@ def _after(parts, chunk, chunks, first, end, total_rows, m, l, acc, PACK: tl.con
     D: tl.constexpr = acc.shape[1]
     STRIP: tl.constexpr = 16
     tile, tiles = tl.program_id(1), tl.num_programs(1)
-    rows = (end - first) * PACK
+    _, _, valid = st.row_tile(first, end, 0, PACK, M)
     before = _part(parts, 0, first, tile, tiles, total_rows, PACK, D)
     at = _part(parts, tl.minimum(chunk, 1), first, tile, tiles, total_rows, PACK, D)
-    _store_part(at, tl.arange(0, M) < rows, m, l, acc, D)
+    _store_part(at, valid, m, l, acc, D)
     m, l, acc = _nothing(M, D)
     if chunk > 0:
         tl.debug_barrier()
+        rows = tl.minimum(end - first, M // PACK) * PACK
         for row in range(0, M, STRIP):
             _merge_rows(before, at, row, row + tl.arange(0, STRIP) < rows, D)
         tl.debug_barrier()
         if chunk + 1 == chunks:
-            m, l, acc = _load_part(before, tl.arange(0, M) < rows, D)
+            m, l, acc = _load_part(before, valid, D)
     return m, l, acc
 
 

@@ -304,6 +304,19 @@ def test_pieces_of_a_long_history_in_one_block_or_several(device, dtype, options
                 assert torch.equal(x, y)
 
 
+@pytest.mark.skipif(RUNNER.backend != "triton", reason="how the Triton kernels cut a history")
+def test_pieces_of_a_long_history_where_heads_do_not_fill_a_tile(device, monkeypatch):
+    """Three heads of 21 candidates are 63 of 64 rows: the last one is no other tile's first."""
+    from attnrec.kernels import target_attention as launching
+
+    batch = make_jagged([45, 2], [1030, 3], heads=3, kv_heads=1, dim=16).to(device)
+    several = attend(batch)
+    monkeypatch.setattr(launching, "PROCESSORS", 0)
+    check(batch)
+    for x, y in zip(attend(batch), several, strict=True):
+        assert torch.equal(x, y)
+
+
 class TestLayouts:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_strides(self, device, dtype):

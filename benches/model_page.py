@@ -136,8 +136,8 @@ def _list(values: Iterable[int]) -> str:
 
 
 def _tile(launch_: Sequence[int]) -> str:
-    most = f", {launch_[4]} registers" if len(launch_) > 4 else ""
-    return "{}x{}, {}, {}".format(*launch_[:4]) + most
+    *shape, registers = (*launch_, None)[:5]
+    return "{}x{}, {}, {}".format(*shape) + (f", {registers} registers" if registers else "")
 
 
 def _row(m: Any, names: list[str]) -> list[str]:

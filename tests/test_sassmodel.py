@@ -266,6 +266,24 @@ def test_a_second_run_for_rare_input_is_not_part_of_a_block_s_life():
     assert ops[-2:] == ["STG", "EXIT"]
 
 
+def test_a_merge_of_several_chunks_is_not_part_of_a_block_s_life():
+    """It is the loop with exponentials and no products; another loop behind a branch, and a tile's, are."""
+
+    def counts(inside):
+        k = looping(
+            ("HMMA.16816.F32", "", None), ("BRA", "@P0", 0),
+            ("BRA", "@P1", 6),
+            ("BAR", "", None), (inside, "", None), ("BRA", "@P0", 4),
+            ("STG", "", None), ("EXIT", "", None),
+        )  # fmt: skip
+        ops = [i.op for i in life(k, hot_loop(k), 2)]
+        return ops.count("BAR"), ops.count("STG")
+
+    assert counts("MUFU.EX2") == (0, 1)
+    assert counts("ATOMS") == (1, 1)
+    assert counts("HMMA.16816.F32") == (1, 1)
+
+
 def test_a_triton_kernel_ahead_of_time():
     """The counts of attention's loop: products by their shapes, one exponential for a score."""
     pytest.importorskip("triton")

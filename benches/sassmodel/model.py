@@ -50,18 +50,19 @@ def life(kernel: Kernel, loop: Loop, trips: int) -> list[Instr]:
 
     Guards fall through and other loops run once, so that a masked last tile is counted. Two exceptions behind
     the loop: a branch is taken to be taken that jumps over two loops with tensor work, as it guards a second
-    run over everything, which is for rare input, or over a loop and a barrier, as it guards what is for
-    histories of several chunks.
+    run over everything, which is for rare input, or over a loop with exponentials and no tensor work, as that
+    merges the softmaxes of a history of several chunks.
     """
     code, at = kernel.code, {i.addr: n for n, i in enumerate(kernel.code)}
     headers = [l.header for l in tensor_loops(kernel)]
-    others = [l for l in loops(code) if l.header not in headers and len(l.path) > 1]
+    merges = [
+        l.header
+        for l in loops(code)
+        if not tensor_work(l.path) and any(i.op == "MUFU" and "EX2" in i.mods for i in l.path)
+    ]
 
     def rare(first: int, end: int) -> bool:
-        if sum(first < h < end for h in headers) >= 2:
-            return True
-        barrier = any(i.op == "BAR" for i in code[first:end])
-        return barrier and any(first < l.header and l.latch < end for l in others)
+        return sum(first < h < end for h in headers) >= 2 or any(first < h < end for h in merges)
 
     path, n, seen = [], 0, set()
     while n < len(code) and n not in seen:

@@ -39,7 +39,7 @@ cpu_tensors_allowed = False
 
 class Launch(NamedTuple):
     """`block_m` rows and `block_n` columns of a tile, Triton's own two parameters, and the most registers of
-    a thread (None: as many as ptxas likes)."""
+    a thread (None: as many as ptxas likes), which only `target_attention` asks for, in half precision."""
 
     block_m: int
     block_n: int

@@ -53,6 +53,14 @@ def test_every_entry_says_why(arch):
             assert len(entry["why"]) > 5, (kernel, entry)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers_are_limited_where_the_launch_heeds_it(arch):
+    limited = {
+        (name, e["dtype"]) for name, of in launch.table(arch).items() for e in of if len(e["launch"]) > 4
+    }
+    assert limited <= {("target_attention", "half")}
+
+
 def test_the_tables_have_the_same_kernels():
     assert len({tuple(sorted(launch.table(arch))) for arch in ARCHS}) == 1
 

@@ -43,7 +43,7 @@ import triton
 
 from . import MODULES, kernel
 from .aot_cases import DTYPES, HEAD_DIMS, OPS, Case, covering, riskiest, whole
-from .launch import REGISTERS, table_path
+from .launch import REGISTERS, fits, table
 from .standin import MAX_SHARED_BYTES, Launched, stand_in
 
 Row = dict[str, Any]
@@ -195,7 +195,7 @@ def compile_all(
         for n, (task, found) in enumerate(zip(missing, pool.map(compile_case, missing), strict=True), 1):
             known[_key(task)] = found
             if log:
-                entry = {"task": task, "sources": sources(task[0]), "rows": found}
+                entry = {"task": task, "sources": sources(task), "rows": found}
                 print(json.dumps(entry), file=log, flush=True)
             progress(len(todo) - len(missing) + n, len(todo))
     rows: dict[Any, Row] = {}
@@ -212,7 +212,7 @@ def journalled(journal: Path) -> dict[str, list[Row]]:
             entry = json.loads(line)
         except ValueError:  # the run was stopped while it wrote
             continue
-        if entry["sources"] == sources(entry["task"][0]):
+        if entry["sources"] == sources(entry["task"]):
             found[_key(entry["task"])] = entry["rows"]
     return found
 
@@ -221,13 +221,42 @@ def _key(task: Task) -> str:
     return json.dumps(task)
 
 
+def sources(task: Task) -> str:
+    """A hash of what a task's rows come from: Triton, the ahead-of-time compiler, the op's files, and what
+    the table says of the dtype and head dim to the kernels that these name."""
+    arch, op, case = task
+    return _sources(arch, op, DTYPES[case["dtype"]], case["head_dim"])
+
+
 @cache
-def sources(arch: int) -> str:
-    """A hash of what a case's rows come from: Triton, the files of kernels/ and the architecture's table."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), table_path(arch)]
+def _sources(arch: int, op: str, dtype: torch.dtype, head_dim: int) -> str:
+    ours = "\0".join(_file(module).read_text() for module in ("aot", "aot_cases", "standin"))
+    text = "\0".join(file.read_text() for file in sorted(_imported(MODULES[op])))
+    entries = [
+        (kernel, entry)
+        for kernel, entries in table(arch).items()
+        if f'"{kernel}"' in text
+        for entry in entries
+        if fits(entry, head_dim, dtype, traits=entry)
+    ]
     return hashlib.sha256(
-        b"\0".join([triton.__version__.encode(), *(f.read_bytes() for f in files)])
+        "\0".join([triton.__version__, ours, text, json.dumps(entries)]).encode()
     ).hexdigest()
+
+
+def _imported(module: str) -> set[Path]:
+    """The file of a module of kernels/, and those of the modules that it imports."""
+    found, todo = set(), {module}
+    while todo:
+        file = _file(todo.pop())
+        if file not in found and file.exists():
+            found.add(file)
+            todo.update(*re.findall(r"from \.(\w*) import (\w+)", file.read_text()))
+    return found
+
+
+def _file(module: str) -> Path:
+    return Path(__file__).with_name(f"{module}.py")
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """The ahead-of-time compiler: its cases, what it reads from a compiled kernel, what it objects to."""
 
 from itertools import combinations, product
+from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from attnrec.kernels import MODULES, aot  # noqa: E402
+from attnrec.kernels import MODULES, aot, launch  # noqa: E402
 from attnrec.kernels.aot_cases import OPS, RISKIEST, covering, riskiest, whole  # noqa: E402
 from attnrec.kernels.launch import Launch, forced  # noqa: E402
 from attnrec.kernels.standin import stand_in  # noqa: E402
@@ -229,19 +230,53 @@ def test_a_journal_goes_on_where_a_run_was_stopped(monkeypatch, tmp_path):
     compiled_now.clear()
     assert aot.compile_all(todo[:3], 1, lambda *step: None, journal) == rows
     assert not compiled_now
-    monkeypatch.setattr(aot, "sources", lambda arch: "others")
+    monkeypatch.setattr(aot, "sources", lambda task: "others")
     aot.compile_all(todo[:2], 1, lambda *step: None, journal)
     assert compiled_now == todo[:2]
 
 
-def test_the_sources_of_an_architecture_are_its_table_too(monkeypatch, tmp_path):
-    before = {arch: aot.sources(arch) for arch in (80, 90)}
-    assert before[80] != before[90]
-    monkeypatch.setattr(aot, "table_path", lambda arch: tmp_path / "table")
-    aot.sources.cache_clear()
-    (tmp_path / "table").write_text("{}")
-    assert aot.sources(80) == aot.sources(90) not in before.values()
-    aot.sources.cache_clear()
+def test_a_change_recompiles_what_it_may_concern(monkeypatch):
+    """A journal's rows stand as long as the op's own files do, and what the table says of the case."""
+    half, single = {"dtype": "bfloat16", "head_dim": 64}, {"dtype": "float32", "head_dim": 64}
+    tasks = [
+        (80, "target_attention", half), (80, "target_attention", single), (90, "target_attention", half),
+        (80, "target_attention_top", half), (80, "catalog_topk", half),
+    ]  # fmt: skip
+
+    def changed(owner, name, value):
+        before = [aot.sources(task) for task in tasks]
+        assert len(set(before)) == len(tasks)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            aot._sources.cache_clear()
+            after = [aot.sources(task) for task in tasks]
+        aot._sources.cache_clear()
+        return [a != b for a, b in zip(after, before, strict=True)]
+
+    read, written = Path.read_text, launch.table
+
+    def edited(*names):
+        return lambda file: read(file) + "#" * (file.name in names)
+
+    assert changed(Path, "read_text", edited("target_attention.py")) == [True, True, True, False, False]
+    assert changed(Path, "read_text", edited("selection.py")) == [False, False, False, True, True]
+    assert changed(Path, "read_text", edited("streaming.py")) == [True] * 5
+    assert changed(Path, "read_text", edited("aot.py")) == [True] * 5
+    assert changed(Path, "read_text", edited("catalog_cross_entropy.py")) == [False] * 5
+
+    def moved(arch):
+        """Another tile for target_attention in half precision at D = 64 on sm_80."""
+        kernels = dict(written(arch))
+        if arch == 80:
+            kernels["target_attention"] = [
+                entry | {"launch": [1, 1, 1, 1]}
+                if entry["dtype"] == "half" and 64 in entry["head_dim"]
+                else entry
+                for entry in kernels["target_attention"]
+            ]
+        return kernels
+
+    assert changed(aot, "table", moved) == [True, False, False, False, False]
 
 
 def run_here(command):

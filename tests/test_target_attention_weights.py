@@ -109,6 +109,12 @@ class TestAll:
     def test_grouped_heads(self, device, heads, kv_heads, options):
         check(mixed(heads=heads, kv_heads=kv_heads, options=options).to(device), slack=1.3)
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("heads", [2, 5, 12, 16])
+    def test_numbers_of_heads(self, device, heads, dtype):
+        """In the result they are the innermost dimension, whose stores are made for some numbers of them."""
+        check(make_jagged([3, 1], [37, 130], heads=heads, dim=8, dtype=dtype).to(device), slack=1.5)
+
     @pytest.mark.parametrize(("candidates", "events"), EDGES)
     def test_sizes_around_tiles(self, device, candidates, events):
         check(make_jagged([candidates, 40], [events, events + 1], heads=2, dim=24).to(device), slack=2.0)

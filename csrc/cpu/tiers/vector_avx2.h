@@ -74,6 +74,12 @@ struct Avx2Vector {
     return _mm256_blendv_ps(set1(fill), r,
                             _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane)));
   }
+  // a and b become the first and the second half of a[0], b[0], a[1], b[1] ...
+  ATTNREC_INLINE void zip(Reg& a, Reg& b) {
+    const Reg low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    a = _mm256_permute2f128_ps(low, high, 0x20);
+    b = _mm256_permute2f128_ps(low, high, 0x31);
+  }
   ATTNREC_INLINE void transpose(Reg (&r)[kWidth]) {
     Reg t[8];
     for (int i = 0; i < 4; i++) {

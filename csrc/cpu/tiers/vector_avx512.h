@@ -73,6 +73,13 @@ struct Avx512Vector {
     const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
     return _mm512_mask_blend_ps(mask, set1(fill), r);
   }
+  // a and b become the first and the second half of a[0], b[0], a[1], b[1] ...
+  ATTNREC_INLINE void zip(Reg& a, Reg& b) {
+    const __m512i halves = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const Reg second = _mm512_permutex2var_ps(a, _mm512_add_epi32(halves, _mm512_set1_epi32(8)), b);
+    a = _mm512_permutex2var_ps(a, halves, b);
+    b = second;
+  }
   ATTNREC_INLINE void transpose(Reg (&r)[kWidth]) {
     Reg t[16];
     for (int i = 0; i < 8; i++) {

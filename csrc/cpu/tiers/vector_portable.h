@@ -65,6 +65,12 @@ struct PortableVector {
     for (int i = 0; i < kWidth; i++) r[i] = i < n ? r[i] : fill;
     return r;
   }
+  // a and b become the first and the second half of a[0], b[0], a[1], b[1] ...
+  ATTNREC_INLINE void zip(Reg& a, Reg& b) {
+    const Reg second{a[2], b[2], a[3], b[3]};
+    a = Reg{a[0], b[0], a[1], b[1]};
+    b = second;
+  }
   ATTNREC_INLINE void transpose(Reg (&r)[kWidth]) {
     Reg t[kWidth];
     for (int i = 0; i < kWidth; i++) t[i] = Reg{r[0][i], r[1][i], r[2][i], r[3][i]};

@@ -52,6 +52,7 @@ def target_attention(
     self_value: Tensor | None = None,
     key_bias: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
+    max_kv_length: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Every candidate attends to its user's history: `softmax(scale * q . k + key_bias) v`.
@@ -74,6 +75,10 @@ def target_attention(
         key_bias: float32 or the query's dtype, `[T_l, H]` (dense `[B, H, L]`). Added to the scores of an
             event; -inf hides it.
         key_padding_mask: bool `[B, L]`, dense input only. True hides, as in torch.
+        max_kv_length: the events of the longest history, or more, where the caller knows it: a GPU's
+            offsets are not looked at, and a kernel that need not be ready for more than 1,024 events is
+            faster (up to 1.4 times by the performance model). Results are the same to the bit. Dense input
+            says it by itself.
         return_lse: also return the scores' log-sum-exp (natural logarithm; self slot and bias included).
 
     Returns:
@@ -90,6 +95,8 @@ def target_attention(
         key_padding_mask=key_padding_mask,
     )
     if q_offsets is not None and kv_offsets is not None and key_padding_mask is None:
+        if max_kv_length is not None:
+            options["max_kv_length"] = max_kv_length
         out, lse = ops.call("target_attention", query, key, value, q_offsets, kv_offsets, **options)
         return (out, lse) if return_lse else out
     scaled = {} if scale is None else {"scale": options.pop("scale")}
@@ -103,6 +110,7 @@ def target_attention(
         native.kv_offsets,
         **scaled,
         **native.options,
+        **_given(max_kv_length=native.max_kv_length if max_kv_length is None else max_kv_length),
     )
     return (native.rows(out), native.rows(lse)) if return_lse else native.rows(out)
 

@@ -21,7 +21,9 @@ from attnrec.ops.checks import FLOATS, INTEGERS, Check, reads_values
 class Native:
     """Arguments of an attention op, and how its results return to the form that the caller gave.
 
-    `options` are the optional tensors that are given, by name. `rows(x)` maps `x [T_c, H, ...]`, a result per
+    `options` are the optional tensors that are given, by name. `max_kv_length` is what the form tells of the
+    longest history, where kernels may not look at offsets: on the CPU they do, and to pass it takes a tenth
+    of a small call. `rows(x)` maps `x [T_c, H, ...]`, a result per
     candidate and head. `pairs(x, offsets)` maps the weights `x [sum C_b * L_b, H]`.
     """
 
@@ -33,6 +35,7 @@ class Native:
     options: dict[str, Tensor]
     rows: Callable[[Tensor], Tensor]
     pairs: Callable[[Tensor, Tensor], Any]
+    max_kv_length: int | None
 
 
 # --- dense --------------------------------------------------------------------------------------------------
@@ -206,6 +209,7 @@ def from_dense(
         options,
         rows,
         pairs,
+        None if query.device.type == "cpu" else events,
     )
 
 
@@ -230,6 +234,13 @@ def nested_values(x: Tensor | None) -> Tensor | None:
 def nested_offsets(x: Tensor) -> Tensor:
     """Offsets of `nested_values(x)`."""
     return x.offsets() if x.lengths() is None else x.contiguous().offsets()
+
+
+def known_max_length(x: Tensor) -> int | None:
+    """The longest row of a jagged nested tensor as `Native` wants it, where it is known: to compute it would
+    read offsets."""
+    known = None if x.device.type == "cpu" else x._maybe_max_seqlen
+    return known if isinstance(known, int) else None  # a tracer's symbol would guard a graph by it
 
 
 def _check_users(op: str, name: str, x: Tensor | None, like_name: str, offsets: Tensor) -> None:
@@ -284,6 +295,7 @@ def from_nested(
         {name: nested_values(x) for name, x in options.items()},
         rows,
         torch.nested.nested_tensor_from_jagged,
+        known_max_length(key),
     )
 
 

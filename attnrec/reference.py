@@ -103,6 +103,7 @@ def target_attention(
     self_key: Tensor | None = None,
     self_value: Tensor | None = None,
     key_bias: Tensor | None = None,
+    max_kv_length: int | None = None,  # the most events of a user: for kernels that may not look
 ) -> tuple[Tensor, Tensor]:
     """Every candidate's softmax over its user's history: `(out [T_c, H, D], lse [T_c, H])`."""
     group = query.shape[1] // key.shape[1]

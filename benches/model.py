@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,14 @@ FORWARD, SCORES, BACKWARD_ROWS, BACKWARD_EVENTS = 4, 2, 6, 8
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel does: its name in the launch table, FLOP of a score and head dim, and which side a block
-    holds while it runs over the other."""
+    """What a kernel does: its name in the launch table, FLOP of a score and head dim, which side a block
+    holds while it runs over the other, and how many blocks do so for the same rows, each for a part of the
+    values."""
 
     table: str
-    flops: int
+    flops: float
     stationary: str = "rows"
+    parts: int = 1
 
 
 WORK = {
@@ -65,6 +67,8 @@ SHAPES = {
 }
 # With one candidate a call is bound by memory.
 CHOSEN_BY = ("20 x 50", "256 x 50", "256 x 200", "256 x 1024", "loop")
+CHUNK, FEW_ROWS = 1024, 64  # events and candidates of a user: what `target_attention` tells kernels apart by
+ONE_CHUNK = f", no history above {CHUNK:,} events"
 LAUNCH_US = 2.5  # [guess] a small kernel behind another one, in a CUDA graph
 BANDWIDTH = {80: 2.0e12, 90: 3.35e12}  # bytes per second, data sheets of the A100 80 GB and the H100 SXM
 
@@ -113,13 +117,14 @@ def modelled(
     side. `pack` heads of a candidate are rows of one tile."""
     native = launch.native_head_dim(head_dim)
     warps = a.kernel.threads // 32
-    scores = a.flops / (work.flops * native)  # of a warp and iteration
+    scores = a.flops / (work.flops * native)  # of a warp and iteration, which other parts have again
     step = warps * scores  # of a block and iteration
-    sm = 1000 / (4 * scores)  # from cycles of a sub-partition and warp to cycles of an SM for 1,000 scores
+    # From cycles of a sub-partition and warp to cycles of an SM for 1,000 scores.
+    sm = 1000 * work.parts / (4 * scores)
     held = tile.block_m if work.stationary == "rows" else tile.block_n
     width = step / held  # of the other side, that one iteration takes
-    per_trip = a.cycles * warps / 4  # cycles of an SM for a block's iteration
-    fixed = max(a.block_cycles(2) - 2 * per_trip, 0.0)
+    per_trip = a.cycles * warps / 4 * work.parts  # cycles of an SM for an iteration of the blocks of a tile
+    fixed = max(a.block_cycles(2) * work.parts - 2 * per_trip, 0.0)
 
     low, high = a.order_range
     m = Modelled(
@@ -137,7 +142,7 @@ def modelled(
         bound=a.bound * sm,
         loop=a.cycles * sm,
         order=(low * sm, high * sm),
-        instructions=len(a.loop.path) * 32 / scores,
+        instructions=len(a.loop.path) * 32 * work.parts / scores,
         share_of_ceiling=a.share_of_ceiling,
         ceiling=a.ceiling_pipe,
         notes=notes(a),
@@ -170,7 +175,8 @@ def of_launch(launched: Launched, case: Case) -> Modelled | None:
     options, meta = constants(launched), launched.metadata
     tile = Launch(options["BLOCK_M"], options["BLOCK_N"], meta.num_warps, meta.num_stages)
     a = analysis_of(launched)
-    return modelled(a, name, case["dtype"], case["head_dim"], WORK[name], tile, options.get("PACK", 1))
+    label = name + ONE_CHUNK * (options.get("CHUNKS") == "one")
+    return modelled(a, label, case["dtype"], case["head_dim"], WORK[name], tile, options.get("PACK", 1))
 
 
 # --- ours ---------------------------------------------------------------------------------------------------
@@ -183,18 +189,28 @@ def plain_case(op: str, dtype: str, head_dim: int) -> Case:
 
 def usual(op: str) -> Case:
     """What batches have where it is not an option: more events than a chunk, and candidates enough for a
-    chip. A kernel that is ready for long histories serves them, whether there is one or not."""
+    chip. A kernel that is ready for long histories serves them, whether there is one or not, unless the call
+    says that there is none."""
     return {"history": "long, full"} if "long, full" in OPS[op].axes.get("history", ()) else {}
 
 
 def ours(task: tuple[int, str, str, int]) -> list[Modelled]:
-    """The kernels of an op without options."""
+    """The kernels of an op without options; of `target_attention` also those of short histories, which few
+    candidates and many may have different ones of, with the costs of the shapes that each serves."""
     arch, op, dtype, head_dim = task
-    case = plain_case(op, dtype, head_dim)
+    plain = plain_case(op, dtype, head_dim)
+    served = [(plain, list(SHAPES))]
+    if usual(op):
+        short = [shape for shape, (_, events) in SHAPES.items() if events <= CHUNK]
+        few = [shape for shape in short if SHAPES[shape][0] <= FEW_ROWS]
+        many = [shape for shape in short if shape not in few]
+        served += [(plain | {"history": "short"}, few), (plain | {"history": "short, full"}, many)]
     found = {}
-    for launched in aot.launches(arch, op, case):
-        if launched.metadata.hash not in found and (m := of_launch(launched, case)):
-            found[launched.metadata.hash] = m
+    for case, shapes in served:
+        for launched in aot.launches(arch, op, case):
+            if m := of_launch(launched, case):
+                known = found.setdefault(launched.metadata.hash, replace(m, costs={}))
+                known.costs |= {shape: m.costs[shape] for shape in shapes}
     return list(found.values())
 
 
@@ -209,7 +225,8 @@ def by_model(arch: int) -> Callable[..., tune.Measure]:
     arch = min(arch, 90)
 
     def measure_of(name: str, entry: dict[str, Any], head_dim: int) -> tune.Measure:
-        case = next(iter(tune.cases_of(name, entry, head_dim))) | usual(tune.OP_OF[name])
+        case = next(iter(tune.cases_of(name, entry, head_dim)))
+        case |= {} if entry.get("one_chunk") else usual(tune.OP_OF[name])
         kernels = {kernel for kernel, work in WORK.items() if work.table == name}
 
         def measure(launch: Launch) -> float | None:
@@ -261,6 +278,10 @@ def peers(task: tuple[int, str, int]) -> list[Modelled]:
             sizes, meta = constants(launched), launched.metadata
             tile = Launch(sizes[rows], sizes[events], meta.num_warps, meta.num_stages)
             work = Work(name, flops, peer.stationary.get(launched.name, "rows"))
+            if launched.name in peer.parts:  # the product of scores is done again for each part of the values
+                whole, of_block = (sizes[constant] for constant in peer.parts[launched.name])
+                parts = launch.cdiv(launch.native_head_dim(whole), of_block)
+                work = replace(work, flops=flops * (1 + 1 / parts) / 2, parts=parts)
             try:
                 a = analysis_of(launched)
             except (
@@ -278,7 +299,7 @@ def ratios(mine: list[Modelled], theirs: list[Modelled]) -> list[tuple[Modelled,
         for m in mine:
             same = (peer.table, peer.arch, peer.dtype, peer.head_dim)
             if (m.table, m.arch, m.dtype, m.head_dim) == same:
-                found.append((m, peer, {s: peer.costs[s] / m.costs[s] for s in SHAPES}))
+                found.append((m, peer, {s: peer.costs[s] / cost for s, cost in m.costs.items()}))
     return found
 
 

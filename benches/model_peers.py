@@ -22,13 +22,15 @@ ROWS, EVENTS, HEADS = 256, 256, 2
 class Peer:
     """`run(arch, dtype, head_dim)` launches its kernels; `kernels` are those to look at, by function name:
     the table entry that it is a peer of, FLOP of a score and head dim, names of the constants that hold its
-    tile. `stationary`: those whose blocks hold events."""
+    tile. `stationary`: those whose blocks hold events. `parts`: those whose blocks may add up a part of the
+    values only, and the constants that hold how many dims there are and how many a block has."""
 
     name: str
     package: str
     run: Callable[[int, torch.dtype, int], None]
     kernels: dict[str, tuple[str, int, str, str]]
     stationary: dict[str, str]
+    parts: dict[str, tuple[str, str]]
 
     def installed(self) -> bool:
         return importlib.util.find_spec(self.package) is not None
@@ -76,5 +78,6 @@ FLASH_LINEAR_ATTENTION = Peer(
         "parallel_attn_bwd_kernel_dkv": ("target_attention_backward_events", 8, "BS", "BT"),
     },
     {"parallel_attn_bwd_kernel_dkv": "events"},
+    {"parallel_attn_fwd_kernel": ("V", "BV")},
 )
 PEERS = (FLASH_LINEAR_ATTENTION,)

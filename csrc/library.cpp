@@ -10,7 +10,8 @@ STABLE_TORCH_LIBRARY(attnrec, m) {
   m.def(
       "target_attention(Tensor query, Tensor key, Tensor value, Tensor q_offsets, Tensor kv_offsets, *, "
       "float? scale=None, Tensor? kv_lengths=None, Tensor? visible=None, Tensor? self_key=None, "
-      "Tensor? self_value=None, Tensor? key_bias=None) -> (Tensor out, Tensor lse)");
+      "Tensor? self_value=None, Tensor? key_bias=None, SymInt? max_kv_length=None) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
       "target_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
       "Tensor out, Tensor lse, Tensor q_offsets, Tensor kv_offsets, *, float? scale=None, "

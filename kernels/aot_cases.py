@@ -28,8 +28,8 @@ HEAD_DIMS = (64, 16, 32, 128, 256, 40)
 NO_YES = (False, True)
 HEADS = 4
 # Small enough to be allocated for every case, as nothing is written. Of histories a short one, and one that
-# is split over blocks unless candidates alone fill a GPU; of a catalogue's users few, whose tiles are cut to
-# fill one, and many.
+# is split over blocks unless candidates alone fill a GPU ("full"); of a catalogue's users few, whose tiles
+# are cut to fill one, and many.
 SIZES = {"users": 3, "candidates": 5, "events": 70, "rows": 70, "items": 3000, "negatives": 50}
 SIZES |= {"long": 5000, "full": 4000, "many": 70_000}
 
@@ -161,9 +161,9 @@ def _sizes(case: Case) -> dict[str, int]:
 
 def _attention(case: Case) -> dict[str, Any]:
     dtype, dim, sizes = DTYPES[case["dtype"]], case["head_dim"], _sizes(case)
-    long = case["history"] != "short"
-    users = 1 if long else sizes["users"]
-    candidates = sizes["full" if case["history"] == "long, full" else "candidates"]
+    long, full = case["history"].startswith("long"), case["history"].endswith("full")
+    users = 1 if long or full else sizes["users"]
+    candidates = sizes["full" if full else "candidates"]
     events = sizes["long" if long else "events"]
     rows, kv_rows, kv_heads = users * candidates, users * events, HEADS // case["group"]
     integers, strided = torch.int32 if case["int32"] else torch.int64, case["strided"]
@@ -287,7 +287,7 @@ OPS = {
     for op in (
         OpCases(
             "target_attention",
-            _COMMON | _OPTIONS | {"history": ("short", "long", "long, full")},
+            _COMMON | _OPTIONS | {"history": ("short", "short, full", "long", "long, full")},
             _attention,
         ),
         OpCases("target_attention_backward", _COMMON | _OPTIONS | {"grad_lse": NO_YES}, _attention_backward),

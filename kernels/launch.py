@@ -1,10 +1,10 @@
 """Launch parameters: which tile, how many warps and pipeline stages a kernel is launched with.
 
 They come from a table per architecture, `tables/sm_<arch>.json`, and are a pure function of what is
-static: the kernel, the head dim, the dtype, the options that change the code, and the architecture. Never
-of the sizes of a batch, because the width of a tile decides the order of a row's sums, and a row's result
-must be the same bits in every batch. Nothing is measured in a user's process; a table is rewritten by
-`python -m attnrec.kernels.tune`.
+static: the kernel, the head dim, the dtype, the options that change the code, and the architecture. The
+width of a tile, and how warps share it, never depend on a batch's sizes: they decide the order of a row's
+sums, and a row's result must be the same bits in every batch. Its height may (`one_chunk`, `few_rows`).
+Nothing is measured in a user's process; a table is rewritten by `python -m attnrec.kernels.tune`.
 
 A table holds, for each kernel, a list of entries; the first one that fits is taken:
 

@@ -88,13 +88,14 @@ def _chunk(
     HAS_VISIBLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
     CAREFUL: tl.constexpr,
 ):
     """`(m, l, acc)` of a tile of rows over one chunk, from `start`, which is the same before it."""
     q = rows[0]
     key, key_stride, value, value_stride, bias, bias_stride = events
     first = chunk * CHUNK
-    last = tl.minimum(most, first + CHUNK)
+    last = most if CHUNKS == "one" else tl.minimum(most, first + CHUNK)
     if CAREFUL:
         never = tl.full((BLOCK_D,), NEVER, tl.int32)
         m, l, acc = start
@@ -230,8 +231,8 @@ def _forward(
 ):
     """A tile of rows over its user's history.
 
-    CHUNKS: "one", no history is longer; "in order", this block runs all of them; "apart", only chunk
-    `program_id(2)`, whose softmax goes to `parts`.
+    CHUNKS: "one", no history is longer (one that is after all is not cut); "in order", this block runs all of
+    them; "apart", only chunk `program_id(2)`, whose softmax goes to `parts`.
 
     CAREFUL: a second run after the usual one, for tiles where it found a NaN or an infinity. That may have
     come from an event which its row does not see, as 0 * NaN. The check belongs behind the loop, where it
@@ -274,14 +275,14 @@ def _forward(
         for chunk in range(chunks):
             m, l, acc = _chunk(
                 (m, l, acc), rows, events, (q_at, valid), seen, least, most, chunk, factor,
-                D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_BIAS, PRECISION, CAREFUL,
+                D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_BIAS, PRECISION, CHUNKS, CAREFUL,
             )  # fmt: skip
             if chunks > 1:
                 m, l, acc = _after(parts, chunk, chunks, st.afresh(first), end, total_rows, m, l, acc, PACK)
     else:
         m, l, acc = _chunk(
             (m, l, acc), rows, events, (q_at, valid), seen, least, most, chunk, factor,
-            D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_BIAS, PRECISION, CAREFUL,
+            D, BLOCK_D, BLOCK_N, HAS_VISIBLE, HAS_BIAS, PRECISION, CHUNKS, CAREFUL,
         )  # fmt: skip
     first, end, head = st.afresh(first), st.afresh(end), st.afresh(head)
     candidates, row_heads, valid = st.row_tile(first, end, head, PACK, BLOCK_M)
@@ -350,8 +351,7 @@ def _merge(
 def _chunks_apart(blocks: int, events: int) -> int:
     """How many chunks get a block each: 1, all in one block, unless rows alone do not fill half of the chip.
 
-    The result is the same to the bit. No history is longer than all `events`, which is known without a look
-    at the device.
+    The result is the same to the bit. `events` are at least those of the longest history.
     """
     chunks = cdiv(events, CHUNK.value)
     return chunks if chunks > 1 and 2 * blocks <= PROCESSORS and blocks * chunks <= MOST_PARTS else 1
@@ -370,6 +370,7 @@ def target_attention(
     self_key: Tensor | None = None,
     self_value: Tensor | None = None,
     key_bias: Tensor | None = None,
+    max_kv_length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Every candidate's softmax over its user's history: `(out [T_c, H, D], lse [T_c, H] fp32)`."""
     rows, heads, dim = query.shape
@@ -383,6 +384,8 @@ def target_attention(
     key, value, self_key, self_value = (st.rows_of(x) for x in (key, value, self_key, self_value))
     jagged = st.contiguous(q_offsets, kv_offsets, kv_lengths, visible)
     group, precision = heads // kv_heads, st.precision(query.dtype)
+    # What the host knows of the longest history; the offsets are the device's.
+    longest = events if max_kv_length is None else min(max_kv_length, events)
     p = parameters(
         "target_attention",
         head_dim=dim,
@@ -391,13 +394,15 @@ def target_attention(
         bias=key_bias is not None,
         self=self_key is not None,
         tf32=precision == "tf32",
+        one_chunk=longest <= CHUNK.value,
+        few_rows=rows * group <= 64 * users,  # a user has, of a kv head, on average
     )
     pack = st.heads_together(group, p.block_m, key_bias)
     tiles, head_tiles = cdiv(rows, p.block_m // pack) + users, heads // pack
-    apart = _chunks_apart(tiles * head_tiles, events)
+    apart = _chunks_apart(tiles * head_tiles, longest)
     block_d = native_head_dim(dim)
     parts = None
-    if events > CHUNK.value:
+    if longest > CHUNK.value:
         parts = query.new_empty((max(apart, 2), rows, heads, block_d + 2), dtype=torch.float32)
     common = {
         "D": dim,
@@ -408,7 +413,7 @@ def target_attention(
         "HAS_VISIBLE": visible is not None,
         "num_warps": p.num_warps,
     }
-    in_one = "one" if events <= CHUNK.value else "in order"
+    in_one = "one" if longest <= CHUNK.value else "in order"
     sizes = (users, rows, events, heads)
     strides = st.strides(query, key, value, self_key, self_value, key_bias)
     # In half precision what ptxas chooses does not spill, and more blocks are resident with it.

@@ -81,6 +81,8 @@ def cases_of(name: str, entry: dict[str, Any], head_dim: int) -> Iterable[Case]:
                 # A trait says whether an option is there; the axis may have several of a kind.
                 case[trait] = op.axes[trait][-1 if x else 0] if isinstance(x, bool) else x
             case |= {"dtype": dtype, "head_dim": head_dim}
+            if entry.get("one_chunk"):
+                case["history"] = "short" if entry.get("few_rows") else "short, full"
             if op.legal(case):
                 yield case
 

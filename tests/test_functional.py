@@ -350,3 +350,44 @@ class TestCrossEntropy:
         got = attnrec.catalog_cross_entropy(users, table, target, negatives="in-batch")
         want = attnrec.catalog_cross_entropy(users, table, target, negatives=torch.tensor([0, 5, 0]))
         torch.testing.assert_close(got, want)
+
+
+class TestLongestHistory:
+    """What a form tells of it reaches the op, without a look at offsets."""
+
+    @pytest.fixture
+    def said(self, monkeypatch):
+        said = []
+        call = attnrec.functional.ops.call
+
+        def watched(name, *args, **kwargs):
+            said.append(kwargs.get("max_kv_length"))
+            return call(name, *args, **kwargs)
+
+        monkeypatch.setattr(attnrec.functional.ops, "call", watched)
+        return said
+
+    @FORMS
+    def test_dense(self, heads_first, said):
+        on_cpu = dense(heads_first)
+        attnrec.target_attention(*on_cpu)  # where kernels look at offsets
+        attnrec.target_attention(*on_cpu, kv_lengths=torch.tensor([0, 3, 4]), max_kv_length=5)
+        elsewhere = [x.to("meta") for x in on_cpu]
+        attnrec.target_attention(*elsewhere)
+        attnrec.target_attention(*elsewhere, max_kv_length=5)
+        assert said == [None, 5, EVENTS, 5]
+
+    def test_nested(self, said):
+        offsets = make_offsets([2, 0, 4]).to("meta")
+        rows = torch.randn(6, HEADS, DIM, device="meta")
+        unknown = torch.nested.nested_tensor_from_jagged(rows, offsets)
+        known = torch.nested.nested_tensor_from_jagged(rows, offsets, max_seqlen=4)
+        attnrec.target_attention(unknown, unknown, unknown)
+        attnrec.target_attention(known, known, known)
+        assert said == [None, 4]
+
+    def test_packed(self, said):
+        batch = make_jagged([2, 1], [3, 2], heads=HEADS, dim=DIM)
+        attnrec.target_attention(*batch.args)
+        attnrec.target_attention(*batch.args, max_kv_length=3)
+        assert said == [None, 3]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,9 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from attnrec.kernels import launch, tune
+from attnrec.kernels import aot, launch, tune
+from attnrec.kernels.aot_cases import OPS
 from attnrec.kernels.launch import NATIVE_HEAD_DIMS, Launch, forced, parameters
 from attnrec.kernels.standin import stand_in
+from triton import knobs
 
 ARCHS = launch.tables()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,6 +54,45 @@ def test_every_entry_says_why(arch):
     for kernel, entries in launch.table(arch).items():
         for entry in entries:
             assert len(entry["why"]) > 5, (kernel, entry)
+
+
+SIZES = ("few_rows", "one_chunk")  # traits that a batch's sizes decide, and not its options
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_batchs_sizes_change_only_the_height_of_tiles(arch):
+    """A row's sums are taken in an order that the width of a tile and the warps that share it decide."""
+    for kernel, entries in launch.table(arch).items():
+        for head_dim in NATIVE_HEAD_DIMS:
+            for dtype in DTYPES:
+                by_options = {}
+                for traits in traits_of(entries):
+                    options = tuple(item for item in traits.items() if item[0] not in SIZES)
+                    found = parameters(kernel, head_dim=head_dim, dtype=dtype, arch=arch, **traits)
+                    by_options.setdefault(options, set()).add(found)
+                for options, different in by_options.items():
+                    assert len({found.block_n for found in different}) == 1, (kernel, head_dim, options)
+                    if len({found[:3] for found in different}) > 1:
+                        # A warp has 16 rows, or four have 64 (wgmma; a lower tile would have mma.sync).
+                        low = 16 if arch < 90 else 64
+                        rows = [(found.block_m, max(16 * found.num_warps, low)) for found in different]
+                        assert all(m % of_warps == 0 for m, of_warps in rows), (kernel, head_dim, different)
+
+
+@pytest.mark.skipif(knobs.runtime.interpret, reason="Triton interprets in this process, and compiles nothing")
+@pytest.mark.parametrize("head_dim", [16, 32])
+def test_warps_do_not_share_columns_where_tiles_have_different_heights(head_dim):
+    case = {name: values[0] for name, values in OPS["target_attention"].axes.items()} | {"head_dim": head_dim}
+    heights = set()
+    for history in OPS["target_attention"].axes["history"]:
+        for launched in aot.launches(80, "target_attention", case | {"history": history}):
+            if aot.kernel_name(launched) == "target_attention._forward":
+                heights.add(launched.metadata.num_warps)
+                code = launched.file("ttgir").read_text()
+                layouts = re.findall(r"nvidia_mma<.*?warpsPerCTA = \[(\d+), (\d+)\]", code)
+                assert layouts
+                assert {columns for _, columns in layouts} == {"1"}
+    assert heights == {2, 4}
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -203,6 +203,7 @@ def test_errors_name_the_argument() -> None:
         (RuntimeError, "attn_mask, which is missing", (q, k, v), {"is_causal": True}),
         (ValueError, "visible goes with packed", (q, k, v), {"visible": torch.ones(6).long()}),
         (ValueError, "kv_lengths goes with packed", (q, k, v), {"kv_lengths": torch.ones(2).long()}),
+        (ValueError, "max_kv_length goes with packed", (q, k, v), {"max_kv_length": 5}),
         (ValueError, "kv_offsets is missing", rows, {"q_offsets": offsets["q_offsets"]}),
         (ValueError, "q_offsets is missing", rows, {"kv_offsets": offsets["kv_offsets"]}),
         (ValueError, "key must be packed", (rows[0], k, rows[2]), offsets),
@@ -246,6 +247,7 @@ def test_errors_name_the_argument() -> None:
         ("visible", torch.tensor([1, 1, 1, 5, 1]), ValueError, "visible must .*, got 5 at position 3"),
         ("visible", torch.ones(4).long(), ValueError, r"visible must have shape \[T_c\] = \[5\], got \[4\]"),
         ("visible", torch.ones(5), TypeError, "visible must be int32 or int64, got float32"),
+        ("max_kv_length", 3, ValueError, "max_kv_length must be at least 4, the events of user 1, got 3"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:FusedMultiHeadAttention computes with PyTorch")

@@ -302,3 +302,29 @@ def test_a_triton_kernel_ahead_of_time():
         assert model.aot.describe(launched, arch, "target_attention", case)["matrix"] == [instruction]
         assert a.bound <= a.cycles <= a.alone.cycles
         assert a.block_cycles(8) > a.block_cycles(2)
+
+        # As one of two blocks that share the values of a tile, and both do its scores: 2 + 2 * 1/2 of 2 + 2
+        # products, twice.
+        tile = model.Launch(options["BLOCK_M"], options["BLOCK_N"], 4, 2)
+        work = model.WORK["target_attention._forward"]
+        alone, shared = (
+            model.modelled(a, "", "bfloat16", 64, w, tile)
+            for w in (work, model.replace(work, flops=3, parts=2))
+        )
+        for name in ("loop", "bound", "instructions"):
+            assert getattr(shared, name) == pytest.approx(1.5 * getattr(alone, name))
+        # Whole tiles of 64 x 32 scores, were they those of half a product: 4/3 as many events an iteration.
+        assert shared.shape_cost(64, 1 << 20) == pytest.approx(1.5 * alone.shape_cost(64, 1 << 20), rel=1e-3)
+
+
+def test_short_histories_have_kernels_of_their_own():
+    """Each shape is the cost of the kernel that serves it."""
+    pytest.importorskip("triton")
+    from benches import model
+
+    if model.aot.triton.knobs.runtime.interpret:
+        pytest.skip("Triton interprets in this process, and compiles nothing")
+    found = model.ours((80, "target_attention", "bfloat16", 32))
+    served = {m.launch[0]: list(m.costs) for m in found if m.kernel.endswith(model.ONE_CHUNK)}
+    assert served == {32: ["20 x 50", "1 x 1024"], 128: ["256 x 50", "256 x 200", "256 x 1024"]}
+    assert [list(m.costs) for m in found if not m.kernel.endswith(model.ONE_CHUNK)] == [list(model.SHAPES)]

@@ -282,6 +282,36 @@ def test_few_candidates_and_more_events_than_caches_hold(device, dtype, options,
             assert torch.equal(alone[1], lse[rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+def test_the_longest_history_as_the_caller_knows_it(device, dim, dtype, options):
+    """Results are the same to the bit, with few candidates and many, and so are those of a user alone."""
+    for candidates in ([3, 0, 1, 5, 2], [150, 0, 60, 70, 45]):
+        events = [500, 7, 0, 129, 401]  # more than 1,024 together
+        sizes = {"heads": 2, "kv_heads": 1, "dim": dim, "dtype": dtype, "options": options}
+        batch = make_jagged(candidates, events, **sizes).to(device)
+        unknown = attend(batch)
+        for longest in (500, 1024, 1500):
+            for x, y in zip(attend(batch, max_kv_length=longest), unknown, strict=True):
+                assert torch.equal(x, y)
+        for user in (0, 2):
+            part, rows, _ = of_user(batch, user)
+            for x, y in zip(attend(part), unknown, strict=True):
+                assert torch.equal(x, y[rows])
+
+
+@pytest.mark.skipif(RUNNER.backend != "triton", reason="other kernels do not heed it")
+def test_a_history_longer_than_the_caller_says(device):
+    """Where offsets are not looked at it goes unnoticed; nothing of the history is left out."""
+    from attnrec.kernels import kernel
+
+    batch = make_jagged([3, 70], [5, 1200], heads=2, dim=16).to(device)
+    found = kernel("target_attention")(*batch.args, **batch.options, max_kv_length=900)
+    for x, y in zip(found, attend(batch), strict=True):
+        assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.skipif(RUNNER.backend != "triton", reason="how the Triton kernels cut a history")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])

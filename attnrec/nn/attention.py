@@ -150,6 +150,7 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
         kv_offsets: Tensor | None = None,
         kv_lengths: Tensor | None = None,
         visible: Tensor | None = None,
+        max_kv_length: int | None = None,
     ) -> tuple[Tensor, Any]:
         """Attention of `query` over `key` and `value`.
 
@@ -174,6 +175,8 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
                 `key`.
             kv_lengths: int `[B]`, packed input: the user's events are the first `kv_lengths[b]` of its rows.
             visible: int `[T_c]`, packed input: the query sees only the first `visible[c]` events.
+            max_kv_length: packed input: the events of the longest history, or more, which makes kernels
+                faster on a GPU (see `attnrec.target_attention`). Other input says it by itself.
 
         Returns:
             `(output, weights)`, `weights` None without `need_weights`. Dense and nested input: `[B, C, L]`
@@ -189,16 +192,19 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
                 name = "attn_mask" if key_padding_mask is None else "key_padding_mask"
                 raise ValueError(f"{name} goes with dense input; jagged input takes is_causal or visible")
             if query.is_nested:
-                if any(x is not None for x in (q_offsets, kv_offsets, kv_lengths, visible)):
+                if any(x is not None for x in (q_offsets, kv_offsets, kv_lengths, visible, max_kv_length)):
                     raise ValueError(
-                        "offsets, kv_lengths and visible go with packed input, got nested tensors"
+                        "offsets, kv_lengths, visible and max_kv_length go with packed input, got nested "
+                        "tensors"
                     )
                 batch = nested_rows(self, query, key, value)
             else:
-                batch = packed_rows(self, query, key, value, q_offsets, kv_offsets, kv_lengths, visible)
+                batch = packed_rows(
+                    self, query, key, value, q_offsets, kv_offsets, kv_lengths, visible, max_kv_length
+                )
             return self._forward_jagged(batch, need_weights, average_attn_weights, is_causal)
-        if kv_lengths is not None or visible is not None:
-            name = "visible" if kv_lengths is None else "kv_lengths"
+        packed_only = {"kv_lengths": kv_lengths, "visible": visible, "max_kv_length": max_kv_length}
+        for name in (name for name, x in packed_only.items() if x is not None):
             raise ValueError(f"{name} goes with packed input: give q_offsets and kv_offsets too")
         check_dense(self, query, key, value, key_padding_mask, attn_mask, is_causal)
 
@@ -255,6 +261,7 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
             visible=None if visible is None else padding.visible(visible).flatten(),
             key_bias=padding.key_bias,
             even=(users, candidates, events) if padding.index is None else None,
+            max_kv_length=None if query.device.type == "cpu" else events,
         )
         out, weights = attend(self, rows, need_weights)
         output = self.out_proj(out).unflatten(0, (users, candidates))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from attnrec.layout import known_max_length
 from attnrec.ops import target_attention
 from attnrec.ops.checks import reads_values
 
@@ -94,6 +95,7 @@ def packed_rows(
     kv_offsets: Tensor | None,
     kv_lengths: Tensor | None,
     visible: Tensor | None,
+    max_kv_length: int | None,
 ) -> JaggedInput:
     """Packed input `[T, E]` with offsets."""
     if q_offsets is None:
@@ -109,7 +111,16 @@ def packed_rows(
     ):
         if x.dim() != 2 or x.shape[1] != features:
             raise ValueError(f"{name} must be packed as [T, {features}], got shape {tuple(x.shape)}")
-    rows = Rows(query, key, value, q_offsets, kv_offsets, kv_lengths=kv_lengths, visible=visible)
+    rows = Rows(
+        query,
+        key,
+        value,
+        q_offsets,
+        kv_offsets,
+        kv_lengths=kv_lengths,
+        visible=visible,
+        max_kv_length=max_kv_length,
+    )
     return JaggedInput(rows, lambda x: x, nested=False)
 
 
@@ -130,7 +141,8 @@ def nested_rows(module: FusedMultiHeadAttention, query: Tensor, key: Tensor, val
     (_, (q, q_offsets)), (_, (k, kv_offsets)), (_, (v, v_offsets)) = taken
     if v_offsets is not kv_offsets and not torch.equal(v_offsets, kv_offsets):
         raise ValueError("value must have as many rows as key for every user")
-    rows = Rows(q, k, v, q_offsets, kv_offsets)
+    longest = known_max_length(key) if key.layout == torch.jagged else None
+    rows = Rows(q, k, v, q_offsets, kv_offsets, max_kv_length=longest)
     if query.layout == torch.jagged:
         return JaggedInput(rows, lambda x: torch.nested.nested_tensor_from_jagged(x, q_offsets), nested=True)
     lengths = q_offsets.diff().tolist()
@@ -181,6 +193,7 @@ def _check_rows(rows: Rows) -> None:
         kv_lengths=rows.kv_lengths,
         visible=rows.visible,
         self_value=None,
+        max_kv_length=rows.max_kv_length,
     )
 
 

@@ -30,6 +30,7 @@ class Rows:
     visible: Tensor | None = None  # [T_c]
     key_bias: Tensor | None = None  # [T_l]
     even: tuple[int, int, int] | None = None  # (B, C, L) if every user has C candidates and L events
+    max_kv_length: int | None = None  # at least the events of the longest history, if known
 
     def causal(self) -> Tensor:
         """`visible` of causal attention: a user's n-th candidate sees its first n events."""
@@ -89,6 +90,7 @@ def attend(
         self_key=self_key,
         self_value=self_value,
         key_bias=key_bias,
+        max_kv_length=rows.max_kv_length,
         return_lse=True,
         **options,
     )

@@ -25,6 +25,7 @@ def check(
     visible: Any = None,
     self_key: Any = None,
     key_bias: Any = None,
+    max_kv_length: Any = None,
     **with_values: Any,
 ) -> None:
     """Checks the arguments of the attention ops; those that attend also give `value` and `self_value`."""
@@ -56,6 +57,8 @@ def check(
     if key_bias is not None:
         bias_dtypes = (torch.float32,) if query.dtype == torch.float32 else (torch.float32, query.dtype)
         checked.tensor("key_bias", key_bias, "[T_l, H]", (events, heads), bias_dtypes)
+    if max_kv_length is not None:
+        checked.integer("max_kv_length", max_kv_length)
     if "value" in with_values:
         self_value = with_values["self_value"]
         checked.tensor("value", with_values["value"], "[T_l, H_kv, D]", (events, kv_heads, dim), same_dtype)
@@ -71,6 +74,11 @@ def check(
     room = kv_offsets.diff()
     if kv_lengths is not None:
         checked.within("kv_lengths", kv_lengths, 0, room, "the user's room")
+    lengths = room if kv_lengths is None else kv_lengths
+    if max_kv_length is not None and lengths.numel() and int(lengths.max()) > max_kv_length:
+        user = int(lengths.argmax())
+        needed = f"be at least {int(lengths[user])}, the events of user {user}"
+        checked.fail("max_kv_length", needed, max_kv_length)
     if visible is not None:
         checked.within(
             "visible", visible, 0, room.repeat_interleave(q_offsets.diff().long()), "the user's room"
@@ -139,7 +147,7 @@ def gradient(
 ) -> tuple[Tensor, ...]:
     out, lse = outputs
     grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
-    options = {name: arguments[name] for name in OP.names[OP.positional :]}
+    options = {name: arguments[name] for name in BACKWARD.names[BACKWARD.positional :]}
     query, key, value, q_offsets, kv_offsets = (arguments[name] for name in OP.names[: OP.positional])
     return torch.ops.attnrec.target_attention_backward(
         grad_out, grads[1], query, key, value, out, lse, q_offsets, kv_offsets, **options

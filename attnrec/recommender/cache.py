@@ -46,6 +46,7 @@ class KeyValueCache:
             torch.tensor([0, len(query)], device=query.device),
             torch.tensor([0, len(key)], device=query.device),
             kv_lengths=torch.tensor([self.length], device=query.device),
+            max_kv_length=self.length,
             visible=visible,
         )
         return self._attention.out_proj(out.flatten(1))

@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> target_attention(Tensor query, Tensor key, Tensor val
                                             Tensor kv_offsets, std::optional<double> scale,
                                             OptionalTensor kv_lengths, OptionalTensor visible,
                                             OptionalTensor self_key, OptionalTensor self_value,
-                                            OptionalTensor key_bias) {
+                                            OptionalTensor key_bias, std::optional<int64_t>) {
   const char* op = "target_attention";
   const Launch launch(query);
   std::vector<Tensor> kept;

@@ -290,7 +290,11 @@ OPS = {
             _COMMON | _OPTIONS | {"history": ("short", "short, full", "long", "long, full")},
             _attention,
         ),
-        OpCases("target_attention_backward", _COMMON | _OPTIONS | {"grad_lse": NO_YES}, _attention_backward),
+        OpCases(
+            "target_attention_backward",
+            _COMMON | _OPTIONS | {"history": ("short", "short, full", "long"), "grad_lse": NO_YES},
+            _attention_backward,
+        ),
         OpCases("target_attention_weights", _COMMON | _OPTIONS, _without_values),
         OpCases(
             "target_attention_top",

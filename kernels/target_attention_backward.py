@@ -377,8 +377,12 @@ def target_attention_backward(
         "bias": key_bias is not None,
         "self": self_key is not None,
         "tf32": precision == "tf32",
+        "native": dim == native_head_dim(dim),
     }
-    of_rows = parameters("target_attention_backward_rows", head_dim=dim, dtype=query.dtype, **traits)
+    few_rows = rows * group <= 64 * users  # a user has, of a kv head, on average
+    of_rows = parameters(
+        "target_attention_backward_rows", head_dim=dim, dtype=query.dtype, few_rows=few_rows, **traits
+    )
     of_events = parameters("target_attention_backward_events", head_dim=dim, dtype=query.dtype, **traits)
     block_d = native_head_dim(dim)
     common = {

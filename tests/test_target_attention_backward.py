@@ -304,6 +304,19 @@ class TestBatchInvariance:
             index = 1 if name in OF_ROWS else 2
             assert torch.equal(grad, torch.cat([whole[name][parts[user][index]] for user in order])), name
 
+    @pytest.mark.parametrize("dim", [16, 32, 64, 128])
+    @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
+    def test_few_candidates_among_many(self, device, dim, options):
+        """Users with many candidates may get tiles of another height."""
+        batch = make_jagged(
+            [150, 3, 70], [40, 33, 17], heads=2, dim=dim, dtype=torch.bfloat16, options=options
+        ).to(device)
+        grad_out, grad_lse = grads_of_outputs(batch)
+        whole = gradients(batch, grad_out, grad_lse)
+        part, rows, events = of_user(batch, 1)
+        for name, grad in gradients(part, grad_out[rows], grad_lse[rows]).items():
+            assert torch.equal(grad, whole[name][rows if name in OF_ROWS else events]), name
+
     @pytest.mark.cpu_only("what is written past the caches")
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("dim", [16, 20, 32, 64])

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import streaming as st
-from .launch import Launch, cdiv, native_head_dim, parameters
+from .launch import Launch, cdiv, most_registers, native_head_dim, parameters
 
 # The items are cut into at most MOST_SPLITS of at least FEWEST_ITEMS: enough blocks for a chip where rows are
 # few, and little to merge.
@@ -106,6 +106,7 @@ def launch_for(kernel: str, rows: Rows) -> tuple[Launch, dict[str, object]]:
         "PRECISION": st.precision(dtype),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        "maxnreg": most_registers(launch.num_warps),
     }
 
 
@@ -118,7 +119,7 @@ def row_sums(x: Tensor, weight: Tensor) -> Tensor:
         block_d = native_head_dim(dim)
         _row_sums[(parts,)](
             x, weight, partial, count, -(-count // parts), x.stride(0),
-            D=dim, BLOCK_D=block_d, ROWS=4096 // block_d,
+            D=dim, BLOCK_D=block_d, ROWS=4096 // block_d, maxnreg=most_registers(4),
         )  # fmt: skip
     return partial.sum(0)
 

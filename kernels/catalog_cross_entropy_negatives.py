@@ -112,7 +112,7 @@ def own_changes(rows: Rows, lse: Tensor, grad: Tensor) -> Tensor:
     _own_changes[(cdiv(grad.shape[0], launch.block_m),)](
         rows.users, rows.table, rows.target, rows.target_bias, lse, grad, change, rows.factor,
         grad.shape[0], rows.users.stride(0), rows.table.stride(0), HAS_BIAS=rows.bias is not None,
-        maxnreg=most_registers(launch.num_warps), **constants,
+        **constants,
     )  # fmt: skip
     return change
 
@@ -141,6 +141,6 @@ def collected(
     _collect[(keys.shape[0],)](
         keys, order, of_items, of_bias, rows.users, change, grad_table, grad_bias, rows.factor, keys.shape[0],
         rows.items.shape[0], items, rows.users.stride(0), D=dim, BLOCK_D=block_d, ROWS=1024 // block_d,
-        NEEDS_TABLE=needs[0], NEEDS_BIAS=needs[1], num_warps=1,
+        NEEDS_TABLE=needs[0], NEEDS_BIAS=needs[1], num_warps=1, maxnreg=most_registers(1),
     )  # fmt: skip
     return grad_table, grad_bias

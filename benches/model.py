@@ -188,29 +188,35 @@ def plain_case(op: str, dtype: str, head_dim: int) -> Case:
 
 
 def usual(op: str) -> Case:
-    """What batches have where it is not an option: more events than a chunk, and candidates enough for a
-    chip. A kernel that is ready for long histories serves them, whether there is one or not, unless the call
-    says that there is none."""
-    return {"history": "long, full"} if "long, full" in OPS[op].axes.get("history", ()) else {}
+    """What batches have where it is not an option: candidates enough for a chip, and more events than a chunk
+    (a kernel that is ready for long histories serves them, whether there is one or not, unless the call says
+    that there is none)."""
+    histories = OPS[op].axes.get("history", ())
+    return next(
+        ({"history": history} for history in ("long, full", "short, full") if history in histories), {}
+    )
+
+
+def served(op: str, plain: Case) -> list[tuple[Case, list[str]]]:
+    """Cases of an op, and the shapes that the kernel of each serves."""
+    few = [shape for shape, (candidates, _) in SHAPES.items() if candidates <= FEW_ROWS]
+    many = [shape for shape in SHAPES if shape not in few]
+    by_rows = [(plain | {"history": "short"}, few), (plain | {"history": "short, full"}, many)]
+    if usual(op) == {"history": "long, full"}:
+        short = [shape for shape, (_, events) in SHAPES.items() if events <= CHUNK]
+        return [(plain, list(SHAPES)), *((case, [x for x in of if x in short]) for case, of in by_rows)]
+    return by_rows if usual(op) else [(plain, list(SHAPES))]
 
 
 def ours(task: tuple[int, str, str, int]) -> list[Modelled]:
-    """The kernels of an op without options; of `target_attention` also those of short histories, which few
-    candidates and many may have different ones of, with the costs of the shapes that each serves."""
+    """The kernels of an op without options, with the costs of the shapes that each serves."""
     arch, op, dtype, head_dim = task
-    plain = plain_case(op, dtype, head_dim)
-    served = [(plain, list(SHAPES))]
-    if usual(op):
-        short = [shape for shape, (_, events) in SHAPES.items() if events <= CHUNK]
-        few = [shape for shape in short if SHAPES[shape][0] <= FEW_ROWS]
-        many = [shape for shape in short if shape not in few]
-        served += [(plain | {"history": "short"}, few), (plain | {"history": "short, full"}, many)]
     found = {}
-    for case, shapes in served:
+    for case, shapes in served(op, plain_case(op, dtype, head_dim)):
         for launched in aot.launches(arch, op, case):
             if m := of_launch(launched, case):
                 known = found.setdefault(launched.metadata.hash, replace(m, costs={}))
-                known.costs |= {shape: m.costs[shape] for shape in shapes}
+                known.costs |= {shape: m.costs[shape] for shape in SHAPES if shape in {*known.costs, *shapes}}
     return list(found.values())
 
 
@@ -226,7 +232,7 @@ def by_model(arch: int) -> Callable[..., tune.Measure]:
 
     def measure_of(name: str, entry: dict[str, Any], head_dim: int) -> tune.Measure:
         case = next(iter(tune.cases_of(name, entry, head_dim)))
-        case |= {} if entry.get("one_chunk") else usual(tune.OP_OF[name])
+        case |= {} if tune.SIZES & entry.keys() else usual(tune.OP_OF[name])
         kernels = {kernel for kernel, work in WORK.items() if work.table == name}
 
         def measure(launch: Launch) -> float | None:

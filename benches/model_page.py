@@ -61,8 +61,8 @@ def page(
     lines += [
         "Without options, in bf16, as a batch of more than 1,024 events is served; `target_attention` once "
         "more as it serves such a batch when it knows (from dense or nested input, or from `max_kv_length`) "
-        "that no history is longer than that, with other tiles for up to 64 candidates a user where that "
-        "pays. Costs are SM cycles for "
+        "that no history is longer than that. Some kernels have other tiles for up to 64 candidates a user. "
+        "Costs are SM cycles for "
         "1,000 scores (a score is a row and an event), for users with *candidates x events*; `1 x 1024` is "
         "bound by memory and shows the waste of a tile only. *Ceiling* is the share of the tensor core's or "
         "the special-function unit's rate, whichever must be the busier.",

@@ -65,6 +65,8 @@ EXACT = tuple(
     Launch(m, n, warps, 1) for m, n, warps in product((16, 32, 64), (16, 32), (4, 8)) if m * n <= 1024
 )
 
+SIZES = {"one_chunk", "few_rows"}  # traits of a batch's sizes, which are not options
+
 Measure = Callable[[Launch], float | None]  # a cost, the lower the better; None where it cannot be used
 
 
@@ -81,7 +83,7 @@ def cases_of(name: str, entry: dict[str, Any], head_dim: int) -> Iterable[Case]:
                 # A trait says whether an option is there; the axis may have several of a kind.
                 case[trait] = op.axes[trait][-1 if x else 0] if isinstance(x, bool) else x
             case |= {"dtype": dtype, "head_dim": head_dim}
-            if entry.get("one_chunk"):
+            if SIZES & entry.keys():
                 case["history"] = "short" if entry.get("few_rows") else "short, full"
             if op.legal(case):
                 yield case

@@ -56,9 +56,6 @@ def test_every_entry_says_why(arch):
             assert len(entry["why"]) > 5, (kernel, entry)
 
 
-SIZES = ("few_rows", "one_chunk")  # traits that a batch's sizes decide, and not its options
-
-
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_batchs_sizes_change_only_the_height_of_tiles(arch):
     """A row's sums are taken in an order that the width of a tile and the warps that share it decide."""
@@ -67,7 +64,7 @@ def test_a_batchs_sizes_change_only_the_height_of_tiles(arch):
             for dtype in DTYPES:
                 by_options = {}
                 for traits in traits_of(entries):
-                    options = tuple(item for item in traits.items() if item[0] not in SIZES)
+                    options = tuple(item for item in traits.items() if item[0] not in tune.SIZES)
                     found = parameters(kernel, head_dim=head_dim, dtype=dtype, arch=arch, **traits)
                     by_options.setdefault(options, set()).add(found)
                 for options, different in by_options.items():
@@ -223,6 +220,13 @@ def test_cases_of_an_entry_follow_its_traits():
     assert not full["visible"]
     assert full["bias"] == "none"
     assert full["self"]
+    for sizes, history in (
+        ({"one_chunk": True, "few_rows": True}, "short"),
+        ({"one_chunk": True}, "short, full"),
+        ({"few_rows": False}, "short, full"),
+    ):
+        cases = list(tune.cases_of("target_attention", general | sizes, 64))
+        assert {case["history"] for case in cases} == {history}
     dtypes = {case["dtype"] for case in tune.cases_of("target_attention", general | {"dtype": "float32"}, 64)}
     assert dtypes == {"float32", "tf32"}
 

@@ -88,14 +88,7 @@ struct Weights {
       for (int c = 0; c < unit.rows / unit.group; c++) {
         const int64_t pair = offsets[unit.user] + (first + c) * room + event;
         Stored* to = const_cast<Stored*>(typed) + pair * a.heads;
-        switch (a.heads) {
-          case 1: write_zipped<1>(c, n, to); break;
-          case 2: write_zipped<2>(c, n, to); break;
-          case 4: write_zipped<4>(c, n, to); break;
-          case 8: write_zipped<8>(c, n, to); break;
-          case 16: write_zipped<16>(c, n, to); break;
-          default: write_head_by_head(c, n, to);
-        }
+        if (!write_zipped_if<1, 2, 4, 8, 16>(c, n, to)) write_head_by_head(c, n, to);
       }
     });
   }
@@ -103,6 +96,11 @@ struct Weights {
   // A tile's weights of the c-th candidate in a head.
   const Real* of_head(int c, int head) const {
     return tiles + (int64_t{head / unit.group} * unit.rows + c * unit.group + head % unit.group) * kKeys;
+  }
+  // Where there are as many heads as one of kSome.
+  template <int... kSome, class Stored>
+  bool write_zipped_if(int c, int n, Stored* to) const {
+    return ((a.heads == kSome && (write_zipped<kSome>(c, n, to), true)) || ...);
   }
   // n events in kHeads heads, the heads innermost, by log2(kHeads) steps of zipping. Element by element it
   // took half of the op's time.
@@ -123,7 +121,7 @@ struct Weights {
       const bool whole = i + V::kWidth <= n;
       Stored part[V::kWidth * kHeads], *there = whole ? to : part;
       for (int j = 0; j < kHeads; j++) V::store(there + j * V::kWidth, r[j]);
-      if (!whole) std::copy(part, part + (n - i) * kHeads, to);
+      if (!whole) std::memcpy(to, part, static_cast<size_t>((n - i) * kHeads) * sizeof(Stored));
     }
   }
   template <class Stored>

@@ -407,6 +407,8 @@ def target_attention_backward(
             **common, PACK=packed, BLOCK_M=of_rows.block_m, BLOCK_N=of_rows.block_n,
             HAS_GRAD_LSE=grad_lse is not None, HAS_SELF=self_key is not None, CAREFUL=careful,
             num_warps=of_rows.num_warps, num_stages=1 if careful else of_rows.num_stages,
+            # Up to D = 128 in half precision ptxas spills nothing by itself, and leaves room for more blocks.
+            maxnreg=most_registers(of_rows.num_warps) if query.dtype == torch.float32 or dim > 128 else None,
         )  # fmt: skip
 
     def run_events(careful: bool) -> None:
@@ -425,7 +427,7 @@ def target_attention_backward(
         if visible is not None:
             run_rows(careful=True)
     if rows and self_key is not None:
-        block_m = max(4096 // block_d, 16)
+        block_m = max((2048 if query.dtype == torch.float32 else 4096) // block_d, 16)
         _self_slots[cdiv(rows, block_m), kv_heads](
             grad_self_key, grad_self_value, row_states, grad_out, query, self_key, self_value,
             scale, factor, rows, kv_heads,

@@ -39,7 +39,8 @@ cpu_tensors_allowed = False
 
 class Launch(NamedTuple):
     """`block_m` rows and `block_n` columns of a tile, Triton's own two parameters, and the most registers of
-    a thread (None: as many as ptxas likes), which only `target_attention` asks for, in half precision."""
+    a thread (None: as many as ptxas likes), which `target_attention` heeds in half precision, and the pass
+    along rows of its gradient."""
 
     block_m: int
     block_n: int

@@ -407,8 +407,7 @@ def target_attention_backward(
             **common, PACK=packed, BLOCK_M=of_rows.block_m, BLOCK_N=of_rows.block_n,
             HAS_GRAD_LSE=grad_lse is not None, HAS_SELF=self_key is not None, CAREFUL=careful,
             num_warps=of_rows.num_warps, num_stages=1 if careful else of_rows.num_stages,
-            # Up to D = 128 in half precision ptxas spills nothing by itself, and leaves room for more blocks.
-            maxnreg=most_registers(of_rows.num_warps) if query.dtype == torch.float32 or dim > 128 else None,
+            maxnreg=of_rows.registers,
         )  # fmt: skip
 
     def run_events(careful: bool) -> None:

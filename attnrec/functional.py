@@ -77,8 +77,8 @@ def target_attention(
         key_padding_mask: bool `[B, L]`, dense input only. True hides, as in torch.
         max_kv_length: the events of the longest history, or more, where the caller knows it: a GPU's
             offsets are not looked at, and a kernel that need not be ready for more than 1,024 events is
-            faster (up to 1.4 times by the performance model). Results are the same to the bit. Dense input
-            says it by itself.
+            faster, by the performance model (docs/gpu-model.md). Results are the same to the bit. Dense
+            input says it by itself.
         return_lse: also return the scores' log-sum-exp (natural logarithm; self slot and bias included).
 
     Returns:

@@ -23,8 +23,8 @@ class Native:
 
     `options` are the optional tensors that are given, by name. `max_kv_length` is what the form tells of the
     longest history, where kernels may not look at offsets: on the CPU they do, and to pass it takes a tenth
-    of a small call. `rows(x)` maps `x [T_c, H, ...]`, a result per
-    candidate and head. `pairs(x, offsets)` maps the weights `x [sum C_b * L_b, H]`.
+    of a small call. `rows(x)` maps `x [T_c, H, ...]`, a result per candidate and head. `pairs(x, offsets)`
+    maps the weights `x [sum C_b * L_b, H]`.
     """
 
     query: Tensor

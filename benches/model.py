@@ -67,7 +67,7 @@ SHAPES = {
 }
 # With one candidate a call is bound by memory.
 CHOSEN_BY = ("20 x 50", "256 x 50", "256 x 200", "256 x 1024", "loop")
-CHUNK, FEW_ROWS = 1024, 64  # events and candidates of a user: what `target_attention` tells kernels apart by
+CHUNK = 1024  # `target_attention`'s
 ONE_CHUNK = f", no history above {CHUNK:,} events"
 LAUNCH_US = 2.5  # [guess] a small kernel behind another one, in a CUDA graph
 BANDWIDTH = {80: 2.0e12, 90: 3.35e12}  # bytes per second, data sheets of the A100 80 GB and the H100 SXM
@@ -199,7 +199,7 @@ def usual(op: str) -> Case:
 
 def served(op: str, plain: Case) -> list[tuple[Case, list[str]]]:
     """Cases of an op, and the shapes that the kernel of each serves."""
-    few = [shape for shape, (candidates, _) in SHAPES.items() if candidates <= FEW_ROWS]
+    few = [shape for shape, (candidates, _) in SHAPES.items() if candidates <= launch.FEW_ROWS]
     many = [shape for shape in SHAPES if shape not in few]
     by_rows = [(plain | {"history": "short"}, few), (plain | {"history": "short, full"}, many)]
     if usual(op) == {"history": "long, full"}:
@@ -232,7 +232,7 @@ def by_model(arch: int) -> Callable[..., tune.Measure]:
 
     def measure_of(name: str, entry: dict[str, Any], head_dim: int) -> tune.Measure:
         case = next(iter(tune.cases_of(name, entry, head_dim)))
-        case |= {} if tune.SIZES & entry.keys() else usual(tune.OP_OF[name])
+        case |= {} if launch.SIZES & entry.keys() else usual(tune.OP_OF[name])
         kernels = {kernel for kernel, work in WORK.items() if work.table == name}
 
         def measure(launch: Launch) -> float | None:

@@ -30,6 +30,8 @@ from triton.runtime import driver
 
 NATIVE_HEAD_DIMS = (16, 32, 64, 128, 256)
 REGISTERS = 65536  # of an SM, and the most of a block, on all architectures
+FEW_ROWS = 64
+SIZES = {"one_chunk", "few_rows"}  # traits of a batch's sizes, which are not options
 _INTERPRETED = knobs.runtime.interpret  # once: the environment is read each time
 TABLES = Path(__file__).parent / "tables"
 
@@ -67,6 +69,11 @@ def most_registers(num_warps: int) -> int:
     """What a thread can have, for `maxnreg`: without it ptxas stops at some number below, for the sake of
     resident blocks, and spills a few registers instead."""
     return min(255, REGISTERS // (32 * num_warps))
+
+
+def few_rows(rows: int, users: int) -> bool:
+    """The trait of a batch whose users have at most FEW_ROWS rows on average, of each key/value head."""
+    return rows <= FEW_ROWS * users
 
 
 def native_head_dim(head_dim: int) -> int:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import streaming as st
-from .launch import cdiv, most_registers, native_head_dim, parameters
+from .launch import cdiv, few_rows, most_registers, native_head_dim, parameters
 
 # Events of a chunk. A longer history is cut into chunks by an event's place in it; their softmaxes are merged
 # in order, by the same arithmetic whether one block runs all of them or a block each (`_merge`).
@@ -395,7 +395,7 @@ def target_attention(
         self=self_key is not None,
         tf32=precision == "tf32",
         one_chunk=longest <= CHUNK.value,
-        few_rows=rows * group <= 64 * users,  # a user has, of a kv head, on average
+        few_rows=few_rows(rows * group, users),
     )
     pack = st.heads_together(group, p.block_m, key_bias)
     tiles, head_tiles = cdiv(rows, p.block_m // pack) + users, heads // pack

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import streaming as st
-from .launch import cdiv, most_registers, native_head_dim, parameters
+from .launch import cdiv, few_rows, most_registers, native_head_dim, parameters
 from .target_attention_backward_events import grad_events
 
 
@@ -379,9 +379,9 @@ def target_attention_backward(
         "tf32": precision == "tf32",
         "native": dim == native_head_dim(dim),
     }
-    few_rows = rows * group <= 64 * users  # a user has, of a kv head, on average
+    few = few_rows(rows * group, users)
     of_rows = parameters(
-        "target_attention_backward_rows", head_dim=dim, dtype=query.dtype, few_rows=few_rows, **traits
+        "target_attention_backward_rows", head_dim=dim, dtype=query.dtype, few_rows=few, **traits
     )
     of_events = parameters("target_attention_backward_events", head_dim=dim, dtype=query.dtype, **traits)
     block_d = native_head_dim(dim)

@@ -23,7 +23,7 @@ from triton import OutOfResources
 from . import MODULES, kernel
 from .aot import describe, launches, offence
 from .aot_cases import OPS, Case
-from .launch import TABLES, Launch, arch, forced, table
+from .launch import SIZES, TABLES, Launch, arch, forced, table
 
 # The kernels whose tiles are a choice, and the op that launches each. The others' entries stay as they are.
 OP_OF = {
@@ -64,8 +64,6 @@ MATRIX = {
 EXACT = tuple(
     Launch(m, n, warps, 1) for m, n, warps in product((16, 32, 64), (16, 32), (4, 8)) if m * n <= 1024
 )
-
-SIZES = {"one_chunk", "few_rows"}  # traits of a batch's sizes, which are not options
 
 Measure = Callable[[Launch], float | None]  # a cost, the lower the better; None where it cannot be used
 

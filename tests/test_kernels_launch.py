@@ -65,7 +65,7 @@ def test_a_batchs_sizes_change_only_the_height_of_tiles(arch):
             for dtype in DTYPES:
                 by_options = {}
                 for traits in traits_of(entries):
-                    options = tuple(item for item in traits.items() if item[0] not in tune.SIZES)
+                    options = tuple(item for item in traits.items() if item[0] not in launch.SIZES)
                     found = parameters(kernel, head_dim=head_dim, dtype=dtype, arch=arch, **traits)
                     by_options.setdefault(options, set()).add(found)
                 for options, different in by_options.items():

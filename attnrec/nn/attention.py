@@ -204,7 +204,7 @@ class FusedMultiHeadAttention(nn.MultiheadAttention):
                 )
             return self._forward_jagged(batch, need_weights, average_attn_weights, is_causal)
         packed_only = {"kv_lengths": kv_lengths, "visible": visible, "max_kv_length": max_kv_length}
-        for name in (name for name, x in packed_only.items() if x is not None):
+        if name := next((name for name, x in packed_only.items() if x is not None), None):
             raise ValueError(f"{name} goes with packed input: give q_offsets and kv_offsets too")
         check_dense(self, query, key, value, key_padding_mask, attn_mask, is_causal)
 

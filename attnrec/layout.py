@@ -41,29 +41,55 @@ class Native:
 # --- dense --------------------------------------------------------------------------------------------------
 
 
+_DENSE_OPTIONS = {
+    "kv_lengths": ("[B]", INTEGERS),
+    "key_padding_mask": ("[B, L]", (torch.bool,)),
+    "visible": ("[B, C]", INTEGERS),
+    "self_key": ("[B, H_kv, C, D]", FLOATS),
+    "self_value": ("[B, H_kv, C, D]", FLOATS),
+    "key_bias": ("[B, H, L]", FLOATS),
+}
+
+
+def _dense_shapes(query: Tensor, key: Tensor) -> dict[str, tuple[int, ...]]:
+    users, heads, candidates, dim = query.shape
+    kv_heads, events = key.shape[1:3]
+    slots = (users, kv_heads, candidates, dim)
+    return {
+        "kv_lengths": (users,),
+        "key_padding_mask": (users, events),
+        "visible": (users, candidates),
+        "self_key": slots,
+        "self_value": slots,
+        "key_bias": (users, heads, events),
+    }
+
+
 def _check_dense(op: str, query: Any, key: Any, value: Any, options: dict[str, Tensor]) -> None:
     """What the native form can't tell any more: ranks, and sizes that differ where their products agree."""
     checked = Check(op, ("query", query))
     checked.tensor("query", query, "[B, H, C, D] (without offsets)", (None,) * 4)
-    users, heads, candidates, dim = query.shape
+    users, heads, _, dim = query.shape
     checked.tensor("key", key, "[B, H_kv, L, D] (without offsets)", (users, None, None, dim))
-    kv_heads, events = key.shape[1:3]
+    kv_heads = key.shape[1]
     if kv_heads < 1 or heads % kv_heads != 0:
         checked.fail(
             "query", f"have a number of heads H that is a multiple of key's H_kv = {kv_heads}", heads
         )
     if op == "target_attention":
         checked.tensor("value", value, "[B, H_kv, L, D]", key.shape)
-    shapes: dict[str, tuple[str, tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        "kv_lengths": ("[B]", (users,), INTEGERS),
-        "key_padding_mask": ("[B, L]", (users, events), (torch.bool,)),
-        "visible": ("[B, C]", (users, candidates), INTEGERS),
-        "self_key": ("[B, H_kv, C, D]", (users, kv_heads, candidates, dim), FLOATS),
-        "self_value": ("[B, H_kv, C, D]", (users, kv_heads, candidates, dim), FLOATS),
-        "key_bias": ("[B, H, L]", (users, heads, events), FLOATS),
-    }
+    shapes = _dense_shapes(query, key)
     for name, x in options.items():
-        checked.tensor(name, x, *shapes[name])
+        dims, dtypes = _DENSE_OPTIONS[name]
+        checked.tensor(name, x, dims, shapes[name], dtypes)
+
+
+def _options_look_dense(query: Tensor, key: Tensor, options: dict[str, Tensor]) -> bool:
+    shapes = _dense_shapes(query, key)
+    return all(
+        isinstance(x, Tensor) and x.shape == shapes[name] and x.dtype in _DENSE_OPTIONS[name][1]
+        for name, x in options.items()
+    )
 
 
 def _looks_dense(query: Any, key: Any, value: Any, options: dict[str, Tensor]) -> bool:
@@ -76,7 +102,7 @@ def _looks_dense(query: Any, key: Any, value: Any, options: dict[str, Tensor]) -
         and key.shape[1] > 0
         and query.shape[1] % key.shape[1] == 0
         and (value is None or (isinstance(value, Tensor) and value.shape == key.shape))
-        and not options
+        and (not options or _options_look_dense(query, key, options))
     )
 
 

@@ -262,6 +262,15 @@ class TestBatchInvariance:
 
 
 @pytest.mark.cpu_only("the CPU kernels' order of work; other runners have the cases above")
+def test_many_small_users_beside_a_large_one(device, threads):
+    """Threads take small users several at a time."""
+    batch = make_jagged([1, 2, 0, 3] * 80 + [90], [5, 0, 9, 3] * 80 + [2000])
+    for n in (1, 2, 3):
+        threads(n)
+        check(batch)
+
+
+@pytest.mark.cpu_only("the CPU kernels' order of work; other runners have the cases above")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [(), OPTIONS], ids=["plain", "all options"])
 def test_few_candidates_and_more_events_than_caches_hold(device, dtype, options, threads):

@@ -49,7 +49,8 @@ struct Unit {
   int group = 1;      // query heads of the unit: those of one kv head, or one
   int head = 0, kv_head = 0;
   int64_t first_event = 0, last_event = INT64_MAX;  // of the user's history; only the backward cuts it
-  int parts = 1;  // units in one: this and those of the heads that follow, each with as many rows
+  int parts = 1;    // units in one: this and those of the heads that follow, each with as many rows
+  double cost = 0;  // beside that of the call's other units
 
   int64_t candidate(int row) const { return first + (group == 1 ? row : row / group); }
   int query_head(int row) const { return head + (group == 1 ? 0 : row % group); }

@@ -60,15 +60,10 @@ AttentionArguments::AttentionArguments(const char* op, const Tensor& query, cons
   }
 }
 
-void dearest_first(std::vector<Unit>& units, const std::vector<double>& cost) {
-  if (std::equal(cost.begin() + (cost.empty() ? 0 : 1), cost.end(), cost.begin())) return;
-  std::vector<size_t> order(units.size());
-  for (size_t i = 0; i < order.size(); i++) order[i] = i;
-  std::stable_sort(order.begin(), order.end(), [&](size_t i, size_t j) { return cost[i] > cost[j]; });
-  std::vector<Unit> sorted;
-  sorted.reserve(units.size());
-  for (size_t i : order) sorted.push_back(units[i]);
-  units.swap(sorted);
+void dearest_first(std::vector<Unit>& units) {
+  const auto dearer = [](const Unit& a, const Unit& b) { return a.cost > b.cost; };
+  if (!std::is_sorted(units.begin(), units.end(), dearer))
+    std::stable_sort(units.begin(), units.end(), dearer);
 }
 
 namespace {
@@ -100,16 +95,14 @@ std::vector<Unit> plan_units(const Attention& a, int64_t rows_together) {
   const double fair = threads > 1 ? total / static_cast<double>(threads * 4) : total;
 
   std::vector<Unit> units;
-  std::vector<double> cost;
   const bool together = rows_together > 0 && better_together(a);
   for (int64_t b = 0; b < a.users; b++) {
     const int64_t first = a.q_offsets[b], candidates = a.q_offsets[b + 1] - first;
     if (candidates == 0) continue;
     const double user_cost = static_cast<double>(candidates) * static_cast<double>(a.events(b)) * a.heads;
     if (together && candidates * group <= rows_together && user_cost <= fair) {
-      units.push_back(
-          {b, first, static_cast<int>(candidates * group), group, 0, 0, 0, INT64_MAX, a.heads / group});
-      cost.push_back(user_cost / group);
+      units.push_back({b, first, static_cast<int>(candidates * group), group, 0, 0, 0, INT64_MAX,
+                       a.heads / group, user_cost / group});
       continue;
     }
     const double events = std::max<double>(1, static_cast<double>(a.events(b)));
@@ -121,12 +114,12 @@ std::vector<Unit> plan_units(const Attention& a, int64_t rows_together) {
         const int64_t begin = candidates * piece / pieces, end = candidates * (piece + 1) / pieces;
         if (begin == end) continue;
         units.push_back({b, first + begin, static_cast<int>((end - begin) * group), group, head,
-                         head / (a.heads / a.kv_heads)});
-        cost.push_back(static_cast<double>(end - begin) * events);
+                         head / (a.heads / a.kv_heads), 0, INT64_MAX, 1,
+                         static_cast<double>(end - begin) * events});
       }
     }
   }
-  dearest_first(units, cost);
+  dearest_first(units);
   return units;
 }
 

@@ -27,6 +27,6 @@ struct AttentionArguments {
 std::vector<Unit> plan_units(const Attention& attention, int64_t rows_together = 0);
 
 // Sorts units by their cost, for an even end: the last ones to be taken are cheap.
-void dearest_first(std::vector<Unit>& units, const std::vector<double>& cost);
+void dearest_first(std::vector<Unit>& units);
 
 }  // namespace attnrec::cpu

@@ -37,6 +37,7 @@ struct SoftmaxScoreArguments : CatalogArguments {
         unit.rows = 1;
         unit.first_event = begin;
         unit.last_event = std::min(count, begin + kChunk);
+        unit.cost = static_cast<double>(unit.last_event - begin);
         units.push_back(unit);
       }
       first_unit.push_back(static_cast<int64_t>(units.size()));
@@ -60,7 +61,7 @@ struct SoftmaxScoreArguments : CatalogArguments {
     };
     bool all_whole = true;
     for (int64_t b = 0; b < attention.users; b++) all_whole &= first_unit[b + 1] - first_unit[b] <= 1;
-    for_each_unit(static_cast<int64_t>(units.size()), [&](int64_t i) {
+    for_each_unit(units, [&](int64_t i) {
       void* memory =
           thread_scratch(tier.softmax_score(attention, units[i], nullptr, nullptr, nullptr, nullptr));
       tier.softmax_score(attention, units[i], memory, logits, &maximum[i], &sum[i]);
@@ -70,7 +71,7 @@ struct SoftmaxScoreArguments : CatalogArguments {
       normalize(i, softmax);
     });
     if (all_whole) return;
-    for_each_unit(static_cast<int64_t>(units.size()), [&](int64_t i) {
+    for_each_unit(units, [&](int64_t i) {
       if (parts_of(i) == 1) return;
       SoftmaxParts softmax;
       for (int64_t u = first_unit[units[i].user]; u < first_unit[units[i].user + 1]; u++) {
@@ -122,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_score_backward(Tensor grad, Tensor us
     using Real = decltype(real);
     const Real* probability = static_cast<const Real*>(p.const_data_ptr());
     std::vector<double> weighted(units);
-    for_each_unit(units, [&](int64_t i) {
+    for_each_unit(arguments.units, [&](int64_t i) {
       const Unit& unit = arguments.units[i];
       const int64_t begin = arguments.offsets[unit.user];
       double sum = 0;
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_score_backward(Tensor grad, Tensor us
       }
       weighted[i] = sum;
     });
-    for_each_unit(units, [&](int64_t i) {
+    for_each_unit(arguments.units, [&](int64_t i) {
       const int64_t user = arguments.units[i].user;
       SoftmaxScoreGradient gradient{grad.const_data_ptr(),
                                     probability,

@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> target_attention(Tensor query, Tensor key, Tensor val
   Tensor lse = new_empty(query, {query.size(0), query.size(1)}, working_dtype(a.element));
   const std::vector<Unit> units = plan_units(a, kRowsTogether);
   const Kernels& tier = kernels(a.element);
-  for_each_unit(static_cast<int64_t>(units.size()), [&](int64_t i) {
+  for_each_unit(units, [&](int64_t i) {
     void* memory = thread_scratch(tier.target_attention(a, units[i], nullptr, nullptr, nullptr));
     tier.target_attention(a, units[i], memory, out.mutable_data_ptr(), lse.mutable_data_ptr());
   });

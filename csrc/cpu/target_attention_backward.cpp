@@ -26,7 +26,6 @@ bool past_caches(int64_t bytes) { return bytes >= int64_t{2} << 20 && bytes < in
 std::vector<Unit> plan_backward(const Attention& a) {
   const int group = a.heads / a.kv_heads;
   std::vector<Unit> units;
-  std::vector<double> cost;
   for (int64_t b = 0; b < a.users; b++) {
     const int64_t candidates = a.q_offsets[b + 1] - a.q_offsets[b], events = a.events(b);
     const int64_t piece = events_of_a_piece(events);
@@ -34,12 +33,12 @@ std::vector<Unit> plan_backward(const Attention& a) {
       for (int64_t first = 0; first == 0 || first < events; first += piece) {
         const int64_t last = std::min(first + piece, events);
         units.push_back({b, a.q_offsets[b], static_cast<int>(candidates * group), group, kv_head * group,
-                         kv_head, first, last});
-        cost.push_back(static_cast<double>(candidates + 8) * static_cast<double>(last - first));
+                         kv_head, first, last, 1,
+                         static_cast<double>(candidates + 8) * static_cast<double>(last - first)});
       }
     }
   }
-  dearest_first(units, cost);
+  dearest_first(units);
   return units;
 }
 
@@ -99,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> target_attention_back
 
   const std::vector<Unit> units = plan_backward(a);
   const Kernels& tier = kernels(a.element);
-  for_each_unit(static_cast<int64_t>(units.size()), [&](int64_t i) {
+  for_each_unit(units, [&](int64_t i) {
     const Unit& unit = units[i];
     const Parts& own = parts[unit.user];
     GradQuery to{result_of(unit.user), a.element};

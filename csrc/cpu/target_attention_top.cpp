@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> target_attention_top(Tensor query, Tensor key, Tensor
   void* to = weights.mutable_data_ptr();
   auto* events_to = static_cast<int64_t*>(events.mutable_data_ptr());
   const std::vector<Unit> units = plan_units(a);
-  for_each_unit(static_cast<int64_t>(units.size()), [&](int64_t i) {
+  for_each_unit(units, [&](int64_t i) {
     void* memory = thread_scratch(tier.target_attention_top(a, units[i], nullptr, top, nullptr, nullptr));
     tier.target_attention_top(a, units[i], memory, top, to, events_to);
   });

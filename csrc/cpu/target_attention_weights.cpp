@@ -13,15 +13,14 @@ std::vector<Unit> plan(const Attention& a) {
   const int group = a.key_bias ? 1 : a.heads / a.kv_heads;
   const int64_t together = std::max(8, 256 / a.heads);
   std::vector<Unit> units;
-  std::vector<double> cost;
   for (int64_t b = 0; b < a.users; b++) {
     for (int64_t first = a.q_offsets[b]; first < a.q_offsets[b + 1]; first += together) {
       const int rows = static_cast<int>(std::min(together, a.q_offsets[b + 1] - first)) * group;
-      units.push_back({b, first, rows, group, 0, 0, 0, INT64_MAX, a.heads / group});
-      cost.push_back(static_cast<double>(rows) * static_cast<double>(a.room(b)));
+      units.push_back({b, first, rows, group, 0, 0, 0, INT64_MAX, a.heads / group,
+                       static_cast<double>(rows) * static_cast<double>(a.room(b))});
     }
   }
-  dearest_first(units, cost);
+  dearest_first(units);
   return units;
 }
 
@@ -42,7 +41,7 @@ std::tuple<Tensor, Tensor> target_attention_weights(Tensor query, Tensor key, Te
   const Kernels& tier = kernels(a.element);
   void* to = weights.mutable_data_ptr();
   const std::vector<Unit> units = plan(a);
-  for_each_unit(static_cast<int64_t>(units.size()), [&](int64_t i) {
+  for_each_unit(units, [&](int64_t i) {
     void* memory = thread_scratch(tier.target_attention_weights(a, units[i], nullptr, nullptr, nullptr));
     tier.target_attention_weights(a, units[i], memory, pairs, to);
   });

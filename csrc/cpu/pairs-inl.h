@@ -29,19 +29,19 @@ struct Pairs : RegisterBlock<V, Pairs<V>> {
   static int depth(int head_dim) { return (head_dim + 1) / 2; }
 
   static void pack_keys(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide,
-                        Item* panels) {
-    pack_panels_of(depth(head_dim), data, stride, n, head_dim, hide, panels);
+                        Item* panels, Ahead ahead = {}) {
+    pack_panels_of(depth(head_dim), data, stride, n, head_dim, hide, panels, ahead);
   }
 
   // As `pack_panels`: panel[pair of d][event], with zeros for pairs beyond the head dim.
   static void pack_panels_of(int pairs, const void* data, int64_t stride, int n, int head_dim,
-                             const Real* hide, Item* panels) {
+                             const Real* hide, Item* panels, Ahead ahead = {}) {
     const auto* from = static_cast<const BFloat16*>(data);
     for (int event = 0; event < round_up(n, 2 * W); event += W) {
       Item* to = panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * pairs + event % (2 * W);
       for (int p = 0; p < pairs; p += W) {
         typename V::Reg r[W];
-        for (int i = 0; i < W; i++) __builtin_prefetch(from + (event + i + kPrefetchEvents) * stride + 2 * p);
+        for (int i = 0; i < W; i++) ahead.prefetch(from + (event + i + kPrefetchEvents) * stride + 2 * p);
         // 16 events that are all there take no questions: 12 to 9 cycles an event at D = 32.
         const int left = head_dim - 2 * p;
         if (event + W <= n && !hide) {
@@ -79,13 +79,14 @@ struct Pairs : RegisterBlock<V, Pairs<V>> {
           finite(arena.take<bool>(span / kKeys)),
           weights(arena.take<Item>(rows * (kKeys / 2))) {}
 
-    void pack(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide, bool) {
+    void pack(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide, bool,
+              Ahead ahead = {}) {
       const auto* from = static_cast<const BFloat16*>(data);
       for (int tile = 0; tile < n; tile += kKeys) {
         const int count = static_cast<int>(least(kKeys, n - tile));
         const auto numbers = [&](int i, int d) ATTNREC_LAMBDA {
           const BFloat16* there = from + (tile + i) * stride + d;
-          __builtin_prefetch(there + kPrefetchEvents * stride);
+          ahead.prefetch(there + kPrefetchEvents * stride);
           return hidden(hide, tile + i) ? kZeros : there;
         };
         finite[tile / kKeys] =

@@ -278,8 +278,8 @@ struct Numbers : RegisterBlock<V, Numbers<V>> {
   static int depth(int head_dim) { return head_dim; }
 
   static void pack_keys(const void* data, Element element, int64_t stride, int n, int head_dim,
-                        const Real* hide, Item* panels) {
-    pack_panels<V>(data, element, stride, n, head_dim, hide, panels);
+                        const Real* hide, Item* panels, Ahead ahead = {}) {
+    pack_panels<V>(data, element, stride, n, head_dim, hide, panels, ahead);
   }
 
   // A register of a row's items from the d-th on.
@@ -299,8 +299,9 @@ struct Numbers : RegisterBlock<V, Numbers<V>> {
         : width(padded<V>(head_dim)), copied(arena.take<Real>(static_cast<int64_t>(span) * width)) {}
 
     void pack(const void* data, Element element, int64_t stride, int n, int head_dim, const Real* hide,
-              bool copy_anyway) {
-      values = event_rows<V>(data, element, stride, n, head_dim, hide, copy_anyway, copied, &value_stride);
+              bool copy_anyway, Ahead ahead = {}) {
+      values =
+          event_rows<V>(data, element, stride, n, head_dim, hide, copy_anyway, copied, &value_stride, ahead);
     }
 
     // Takes in weights i … of a tile's row r, one or two registers of them.

@@ -55,6 +55,7 @@ ATTNREC_INLINE void with_element(Element element, const void* data, Function&& f
 template <class V, class Stored>
 ATTNREC_INLINE typename V::Reg load_part(const Stored* p, int n) {
   if (n >= V::kWidth) return V::load(p);
+  if constexpr (requires { V::load(p, n); }) return V::load(p, n);
   Stored part[V::kWidth] = {};
   for (int i = 0; i < n; i++) part[i] = p[i];
   return V::load(part);
@@ -77,12 +78,30 @@ ATTNREC_INLINE void store_numbers(const typename V::Real* row, int n, typename V
   const auto numbers = [&](int d) ATTNREC_LAMBDA { return V::mul(V::load(row + d), V::set1(factor)); };
   int d = 0;
   for (; d + V::kWidth <= n; d += V::kWidth) V::store(to + d, numbers(d));
-  if (d < n) {
-    Stored part[V::kWidth];
-    V::store(part, numbers(d));
-    for (int i = 0; d + i < n; i++) to[d + i] = part[i];
-  }
+  if (d == n) return;
+  if constexpr (requires { V::store(to, numbers(d), n); }) return V::store(to + d, numbers(d), n - d);
+  Stored part[V::kWidth];
+  V::store(part, numbers(d));
+  for (int i = 0; d + i < n; i++) to[d + i] = part[i];
 }
+
+// What packing prefetches, a line each time that it reads one: the same lines kPrefetchEvents later, or,
+// where `row` is set, other rows up to `end`, in the order of addresses.
+struct Ahead {
+  const char *row = nullptr, *end = nullptr;
+  int64_t row_stride = 0, row_bytes = 0, byte = 0;
+
+  // Always inlined: GCC takes a function that only prefetches for one without effects, and drops calls of it.
+  ATTNREC_MEMBER void prefetch(const void* later) {
+    if (!row) return __builtin_prefetch(later);
+    if (row == end) return;
+    __builtin_prefetch(row + byte);
+    byte += 64;
+    if (byte < row_bytes) return;
+    byte = 0;
+    row += row_stride;
+  }
+};
 
 // `load_row`'s inverse.
 template <class V>
@@ -124,7 +143,7 @@ void store_rows(const typename V::Real* rows, int64_t row_stride, int64_t count,
 // them is computed with.
 template <class V>
 void pack_panels(const void* data, Element element, int64_t stride, int n, int head_dim,
-                 const typename V::Real* hide, typename V::Real* panels) {
+                 const typename V::Real* hide, typename V::Real* panels, Ahead ahead = {}) {
   constexpr int W = V::kWidth;
   with_element<V>(element, data, [&](auto* from) __attribute__((always_inline)) {
     for (int event = 0; event < round_up(n, 2 * W); event += W) {
@@ -132,7 +151,7 @@ void pack_panels(const void* data, Element element, int64_t stride, int n, int h
           panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * head_dim + event % (2 * W);
       for (int d = 0; d < head_dim; d += W) {
         typename V::Reg r[W];
-        for (int i = 0; i < W; i++) __builtin_prefetch(from + (event + i + kPrefetchEvents) * stride + d);
+        for (int i = 0; i < W; i++) ahead.prefetch(from + (event + i + kPrefetchEvents) * stride + d);
         for (int i = 0; i < W; i++) {
           const bool seen =
               event + i < n && !(hide && hide[event + i] == -std::numeric_limits<float>::infinity());
@@ -150,14 +169,14 @@ void pack_panels(const void* data, Element element, int64_t stride, int n, int h
 template <class V>
 const typename V::Real* event_rows(const void* data, Element element, int64_t stride, int n, int head_dim,
                                    const typename V::Real* hide, bool copy_anyway, typename V::Real* copy,
-                                   int64_t* row_stride) {
+                                   int64_t* row_stride, Ahead ahead = {}) {
   const bool native = element == Element::kFloat32 || element == Element::kFloat64;
   if (native && !hide && !copy_anyway && head_dim % V::kWidth == 0) {
     *row_stride = stride;
     const auto* rows = static_cast<const typename V::Real*>(data);
     for (int i = 0; i < n; i++) {
       for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*rows)))
-        __builtin_prefetch(rows + i * stride + d);
+        ahead.prefetch(rows + i * stride + d);
     }
     return rows;
   }
@@ -167,7 +186,7 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
     for (int i = 0; i < n; i++) {
       typename V::Real* row = copy + static_cast<int64_t>(i) * width;
       for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*from)))
-        __builtin_prefetch(from + (i + kPrefetchEvents) * stride + d);
+        ahead.prefetch(from + (i + kPrefetchEvents) * stride + d);
       const bool seen = !(hide && hide[i] == -std::numeric_limits<float>::infinity());
       for (int d = 0; d < width; d += V::kWidth) {
         V::store(row + d, seen ? load_part<V>(from + i * stride + d, head_dim - d) : V::zero());

@@ -98,8 +98,8 @@ constexpr bool takes_registers() {
 // scores before, by `readout.take(Tile, r, event, one or two registers of scores)`, those of hidden events
 // among them, and then a tile without scores. With a key_bias a unit holds one head only.
 template <class V, class Products, class Readout>
-void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Products>& scratch,
-            Readout& readout) {
+void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Products>& scratch, Readout& readout,
+            const Ahead& ahead = {}) {
   using Real = typename V::Real;
   constexpr int W = V::kWidth;
   const int D = a.head_dim, span = scratch.span;
@@ -113,7 +113,7 @@ void stream(const Attention& a, const Unit& unit, const StreamScratch<V, Product
     const Real *bias = a.key_bias ? scratch.bias : nullptr, *hide = nullptr;
     if (bias && load_bias<V>(a, event0 + packed, n, unit.head, scratch.bias)) hide = bias;
     Products::pack_keys(a.key.at(event0 + packed, unit.kv_head, a.element), a.element, a.key.row_stride, n, D,
-                        hide, scratch.panels);
+                        hide, scratch.panels, ahead);
     readout.pack(packed, n, hide);
 
     for (int row = 0; row < unit.rows; row += Products::kRows) {
@@ -222,23 +222,22 @@ struct RunningSoftmax {
     for (int r = 0; r < rows; r++) start(r, kBase == Base::kNothing ? 0 : nothing, 0);
   }
   void start(int row, Real highest, Real weight) {
-    Real* sum = lanes + static_cast<int64_t>(row) * W;
-    V::store(sum, V::zero());
+    V::store(lanes + static_cast<int64_t>(row) * W, V::first(V::set1(weight), 1, 0));
     maximum[row] = highest;
-    sum[0] = weight;
   }
   // Starts n <= W rows, from `row` on, from a score each, that of the self slot, and puts what its value is
   // to be multiplied by in the score's place.
   void start_from(int row, int n, Real* scores) {
-    Real powers[W];
-    if constexpr (kBase == Base::kNothing) V::store(powers, power(V::load(scores)));
+    if constexpr (kBase == Base::kNothing) {
+      V::store(scores, power(V::load(scores)));
+      for (int i = 0; i < n; i++) start(row + i, 0, scores[i]);
+      return;
+    }
     for (int i = 0; i < n; i++) {
       const Real score = scores[i];
       // 0 where the score is -inf, else 1, but NaN where it is: no event may come to bring it in.
-      Real weight = score == -std::numeric_limits<Real>::infinity() ? 0 : score - score + 1;
-      if constexpr (kBase == Base::kNothing) weight *= powers[i];
-      start(row + i, kBase == Base::kNothing ? 0 : score, weight);
-      scores[i] = weight;
+      scores[i] = score == -std::numeric_limits<Real>::infinity() ? 0 : score - score + 1;
+      start(row + i, score, scores[i]);
     }
   }
   ATTNREC_INLINE typename V::Reg power(typename V::Reg x) {
@@ -357,12 +356,8 @@ void start_softmax(const Attention& a, const Unit& unit, Softmax& softmax, Take&
     const int n = static_cast<int>(least(W, unit.rows - first));
     typename V::Reg sums[W];
     for (int i = 0; i < W; i++) sums[i] = i < n ? self_score_lanes<V>(a, unit, first + i) : V::zero();
-    V::transpose(sums);
-    for (int step = W / 2; step > 0; step /= 2) {
-      for (int i = 0; i < step; i++) sums[i] = V::add(sums[i], sums[i + step]);
-    }
     typename V::Real weights[W];
-    V::store(weights, sums[0]);
+    V::store(weights, V::sums(sums));
     softmax.start_from(first, n, weights);
     for (int i = 0; i < n; i++) take(first + i, weights[i]);
   }

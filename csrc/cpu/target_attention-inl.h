@@ -43,7 +43,7 @@ struct WeightedValue {
 
   void pack(int64_t first_event, int n, const Real* hide) {
     const void* data = a.value.at(a.kv_offsets[unit.user] + first_event, unit.kv_head, a.element);
-    values.pack(data, a.element, a.value.row_stride, n, a.head_dim, hide, unit.rows > kRowsWorthACopy);
+    values.pack(data, a.element, a.value.row_stride, n, a.head_dim, hide, unit.rows > kRowsWorthACopy, ahead);
   }
 
   // Scores that need no maximum are used in the registers that they were summed in: bf16 on AVX-512 takes 3 %
@@ -106,7 +106,18 @@ struct WeightedValue {
   Real* sums;
   typename Products::Values values;
   Unit unit;
+  Ahead ahead;  // of the values
 };
+
+// The p-th part of the lines that events first … last have in all heads.
+inline Ahead lines_of(const Vectors& of, const Attention& a, int64_t first, int64_t last, int p, int parts) {
+  const auto row = [&](int64_t event) {
+    return static_cast<const char*>(of.at(first + event, 0, a.element));
+  };
+  const int bytes = element_bytes(a.element);
+  return {row((last - first) * p / parts), row((last - first) * (p + 1) / parts), of.row_stride * bytes,
+          int64_t{a.kv_heads} * a.head_dim * bytes};
+}
 
 // Reads a byte of every line that events first … last have in all heads, in the order of addresses.
 inline void touch(const Vectors& of, const Attention& a, int64_t first, int64_t last) {
@@ -120,9 +131,11 @@ inline void touch(const Vectors& of, const Attention& a, int64_t first, int64_t 
 // One pass over a unit's events. Returns how many rows are left to be done.
 //
 // Where a unit has several parts, which are all heads, they take turns tile by tile. What a head reads has
-// gaps, the other heads, and no prefetching made up for that: 11 GB/s from memory, where reading in order
-// reaches 30. So a tile is first read in order, and then packed from L2, head by head: 6.9 to 4.7 ms for 256
-// users with one candidate and 200 events, 32 to 13 ms for 16 with 10,000 events.
+// gaps, the other heads, and prefetching did not make up for that: 11 GB/s from memory with one thread, where
+// a sum of the same numbers in order takes 46. So the first tile is read in order, and while a tile is packed
+// from L2, head by head, the next is prefetched in order, a line for each that is packed. 16 users with one
+// candidate and 10,000 events: 26 GB/s with one thread and 45 with two, 16 and 30 where each tile is read
+// first and then packed; all the lines of a head's share at once wait for each other: 21 and 41.
 template <class V, class Products, Base kBase>
 int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void* out, void* lse) {
   StreamScratch<V, Products> scratch(arena, packed_events<V, Products>(unit.rows, a.head_dim), a.head_dim);
@@ -132,7 +145,7 @@ int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void*
   const int64_t events = a.events(unit.user), step = unit.parts > 1 ? kKeys : events;
   for (int64_t event = 0; event < events; event += step) {
     const int64_t end = least(events, event + step), event0 = a.kv_offsets[unit.user];
-    if (unit.parts > 1) {
+    if (unit.parts > 1 && event == 0) {
       touch(a.key, a, event0 + event, event0 + end);
       touch(a.value, a, event0 + event, event0 + end);
     }
@@ -141,7 +154,13 @@ int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void*
       part.first_event = event;
       part.last_event = end;
       auto readout = state.of(part, p * unit.rows);
-      stream(a, part, scratch, readout);
+      Ahead keys;
+      if (unit.parts > 1) {
+        const int64_t first = event0 + end, last = event0 + least(events, end + step);
+        keys = lines_of(a.key, a, first, last, p, unit.parts);
+        readout.ahead = lines_of(a.value, a, first, last, p, unit.parts);
+      }
+      stream(a, part, scratch, readout, keys);
     }
   }
   int left = 0;

@@ -35,8 +35,8 @@ struct Tiles : Pairs<V> {
   static int place(int r, int d, int depth) { return r * depth + d; }
 
   static void pack_keys(const void* data, Element, int64_t stride, int n, int head_dim, const Real* hide,
-                        Item* panels) {
-    WithVectors::pack_panels_of(depth(head_dim), data, stride, n, head_dim, hide, panels);
+                        Item* panels, Ahead ahead = {}) {
+    WithVectors::pack_panels_of(depth(head_dim), data, stride, n, head_dim, hide, panels, ahead);
   }
 
   static void scores(int rows, const Item* block, const Item* panels, int registers, int head_dim,
@@ -69,8 +69,8 @@ struct Tiles : Pairs<V> {
 
     // Zeros fill the last tile.
     void pack(const void* data, Element element, int64_t stride, int n, int head_dim, const Real* hide,
-              bool copy_anyway) {
-      WithVectors::Values::pack(data, element, stride, n, head_dim, hide, copy_anyway);
+              bool copy_anyway, Ahead ahead = {}) {
+      WithVectors::Values::pack(data, element, stride, n, head_dim, hide, copy_anyway, ahead);
       Item* end = items + round_up(n, 2 * kTile) / 2 * width;
       for (Item* p = items + round_up(n, 2) / 2 * width; p < end; p += W) V::store_pairs(p, V::zero());
     }

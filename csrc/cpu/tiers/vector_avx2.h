@@ -98,6 +98,16 @@ struct Avx2Vector {
     }
     for (int i = 0; i < 8; i++) r[i] = t[i];
   }
+  // Lane i becomes sum(r[i]), bit by bit.
+  ATTNREC_INLINE Reg sums(const Reg (&r)[kWidth]) {
+    Reg u[4];
+    for (int k = 0; k < 4; k++) {
+      u[k] = add(_mm256_permute2f128_ps(r[k], r[4 + k], 0x20), _mm256_permute2f128_ps(r[k], r[4 + k], 0x31));
+    }
+    const Reg a = add(_mm256_shuffle_ps(u[0], u[1], 0x44), _mm256_shuffle_ps(u[0], u[1], 0xee));
+    const Reg b = add(_mm256_shuffle_ps(u[2], u[3], 0x44), _mm256_shuffle_ps(u[2], u[3], 0xee));
+    return add(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd));
+  }
   ATTNREC_INLINE Reg exp2(Reg x) {
     const Reg magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     // NaN stays NaN. The exponent's field becomes 0 at -127, a power of 0, and 255 at 128, one of infinity;

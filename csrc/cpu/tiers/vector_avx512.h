@@ -14,28 +14,45 @@ struct Avx512Vector {
   static constexpr int kRows = 8;
   static constexpr bool kRoom = true;  // in registers, beside the accumulators: 16 of 32
 
+  // Numbers of 16 bits from and to those of 32; the pointer says only which.
+  ATTNREC_INLINE Reg numbers(const BFloat16*, __m256i bits) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  ATTNREC_INLINE Reg numbers(const Half*, __m256i bits) { return _mm512_cvtph_ps(bits); }
+  ATTNREC_INLINE __m256i rounded(const BFloat16*, Reg r) {
+    const __m512i bits = _mm512_castps_si512(r);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(r, r, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+  }
+  ATTNREC_INLINE __m256i rounded(const Half*, Reg r) { return _mm512_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT); }
+  ATTNREC_INLINE const __m256i* sixteen(const void* p) { return static_cast<const __m256i*>(p); }
+  ATTNREC_INLINE __m256i* sixteen(void* p) { return static_cast<__m256i*>(p); }
+  // 0 <= n < 16
+  ATTNREC_INLINE __mmask16 lanes_before(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+
   ATTNREC_INLINE Reg set1(float x) { return _mm512_set1_ps(x); }
   ATTNREC_INLINE Reg zero() { return _mm512_setzero_ps(); }
   ATTNREC_INLINE Reg load(const float* p) { return _mm512_loadu_ps(p); }
-  ATTNREC_INLINE Reg load(const BFloat16* p) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-  }
-  ATTNREC_INLINE Reg load(const Half* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
+  ATTNREC_INLINE Reg load(const BFloat16* p) { return numbers(p, _mm256_loadu_si256(sixteen(p))); }
+  ATTNREC_INLINE Reg load(const Half* p) { return numbers(p, _mm256_loadu_si256(sixteen(p))); }
   ATTNREC_INLINE void store(float* p, Reg r) { _mm512_storeu_ps(p, r); }
-  ATTNREC_INLINE void store(BFloat16* p, Reg r) {
-    const __m512i bits = _mm512_castps_si512(r);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 nan = _mm512_cmp_ps_mask(r, r, _CMP_UNORD_Q);
-    const __m512i kept = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    const __m256i packed = _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  template <class Stored>
+  ATTNREC_INLINE void store(Stored* p, Reg r) {
+    _mm256_storeu_si256(sixteen(p), rounded(p, r));
   }
-  ATTNREC_INLINE void store(Half* p, Reg r) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(r, _MM_FROUND_TO_NEAREST_INT));
+  // The first n of them; in the other lanes zeros.
+  ATTNREC_INLINE Reg load(const float* p, int n) { return _mm512_maskz_loadu_ps(lanes_before(n), p); }
+  template <class Stored>
+  ATTNREC_INLINE Reg load(const Stored* p, int n) {
+    return numbers(p, _mm256_maskz_loadu_epi16(lanes_before(n), p));
+  }
+  ATTNREC_INLINE void store(float* p, Reg r, int n) { _mm512_mask_storeu_ps(p, lanes_before(n), r); }
+  template <class Stored>
+  ATTNREC_INLINE void store(Stored* p, Reg r, int n) {
+    _mm256_mask_storeu_epi16(p, lanes_before(n), rounded(p, r));
   }
   // Numbers that fill a line of 64 bytes, times `factor`, past the caches, to an address that is a multiple
   // of them.
@@ -70,7 +87,7 @@ struct Avx512Vector {
   ATTNREC_INLINE Reg add_where(Mask m, Reg a, Reg b) { return _mm512_mask_add_ps(a, m, a, b); }
   // The first n lanes of r, `fill` in the others.
   ATTNREC_INLINE Reg first(Reg r, int n, float fill) {
-    const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
+    const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : lanes_before(n);
     return _mm512_mask_blend_ps(mask, set1(fill), r);
   }
   // a and b become the first and the second half of a[0], b[0], a[1], b[1] ...
@@ -102,6 +119,20 @@ struct Avx512Vector {
       r[i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0x88);
       r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
     }
+  }
+  // Lane i becomes sum(r[i]), bit by bit: half as many shuffles as a transposition and a sum of its rows.
+  ATTNREC_INLINE Reg sums(const Reg (&r)[kWidth]) {
+    Reg u[4];
+    for (int k = 0; k < 4; k++) {
+      const auto halves = [](Reg a, Reg b) ATTNREC_LAMBDA {
+        return add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+      };
+      const Reg a = halves(r[k], r[4 + k]), b = halves(r[8 + k], r[12 + k]);
+      u[k] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    }
+    const Reg a = add(_mm512_shuffle_ps(u[0], u[1], 0x44), _mm512_shuffle_ps(u[0], u[1], 0xee));
+    const Reg b = add(_mm512_shuffle_ps(u[2], u[3], 0x44), _mm512_shuffle_ps(u[2], u[3], 0xee));
+    return add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
   }
   ATTNREC_INLINE Reg floor(Reg x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);

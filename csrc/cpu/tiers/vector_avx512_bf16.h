@@ -37,7 +37,10 @@ struct Avx512Bf16Vector : Avx512Vector {
   // Subnormal numbers become 0, which the store of plain AVX-512 keeps in ten instructions.
   using Avx512Vector::store;
   ATTNREC_INLINE void store(BFloat16* p, Reg r) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(r));
+    _mm256_storeu_si256(sixteen(p), (__m256i)_mm512_cvtneps_pbh(r));
+  }
+  ATTNREC_INLINE void store(BFloat16* p, Reg r, int n) {
+    _mm256_mask_storeu_epi16(p, lanes_before(n), (__m256i)_mm512_cvtneps_pbh(r));
   }
   // Items (a, b) of 16 numbers each, rounded.
   ATTNREC_INLINE Reg pair(Reg a, Reg b) {

@@ -76,6 +76,8 @@ struct PortableVector {
     for (int i = 0; i < kWidth; i++) t[i] = Reg{r[0][i], r[1][i], r[2][i], r[3][i]};
     for (int i = 0; i < kWidth; i++) r[i] = t[i];
   }
+  // Lane i becomes sum(r[i]).
+  ATTNREC_INLINE Reg sums(const Reg (&r)[kWidth]) { return Reg{sum(r[0]), sum(r[1]), sum(r[2]), sum(r[3])}; }
   ATTNREC_INLINE Reg exp2(Reg x) {
     if constexpr (std::is_same_v<Real, double>) {
       return Reg{std::exp2(x[0]), std::exp2(x[1]), std::exp2(x[2]), std::exp2(x[3])};

@@ -321,28 +321,35 @@ struct RunningSoftmax {
   }
 };
 
-// The score of row r's self slot, in base 2 as a tile's scores are, in lanes yet to be added up.
+// The scores of n self slots, of rows from `first` on, in base 2 as a tile's scores are, in lanes yet to be
+// added up.
 template <class V>
-ATTNREC_INLINE typename V::Reg self_score_lanes(const Attention& a, const Unit& unit, int r) {
+ATTNREC_INLINE void self_score_lanes(const Attention& a, const Unit& unit, int first, int n,
+                                     typename V::Reg* scores) {
   using Real = typename V::Real;
-  const int64_t c = unit.candidate(r);
-  const void* key = a.self_key.at(c, unit.kv_head, a.element);
   const typename V::Reg factor = V::set1(static_cast<Real>(a.scale * a.units));
-  typename V::Reg sum = V::zero();
-  const void* query = a.query.at(c, unit.query_head(r), a.element);
-  with_element<V>(a.element, query, [&](auto* of_query) __attribute__((always_inline)) {
-    const auto* of_key = static_cast<decltype(of_query)>(key);
-    for (int d = 0; d < a.head_dim; d += V::kWidth) {
-      const int left = a.head_dim - d;
-      sum = V::fma(V::mul(load_part<V>(of_query + d, left), factor), load_part<V>(of_key + d, left), sum);
+  with_element<V>(a.element, a.query.data, [&](auto* queries) __attribute__((always_inline)) {
+    const auto* keys =
+        static_cast<decltype(queries)>(a.self_key.data) + unit.kv_head * a.self_key.head_stride;
+    for (int i = 0; i < n; i++) {
+      const int64_t c = unit.candidate(first + i);
+      const auto* query = queries + c * a.query.row_stride + unit.query_head(first + i) * a.query.head_stride;
+      const auto* key = keys + c * a.self_key.row_stride;
+      typename V::Reg sum = V::zero();
+      for (int d = 0; d < a.head_dim; d += V::kWidth) {
+        const int left = a.head_dim - d;
+        sum = V::fma(V::mul(load_part<V>(query + d, left), factor), load_part<V>(key + d, left), sum);
+      }
+      scores[i] = sum;
     }
   });
-  return sum;
 }
 
 template <class V>
 typename V::Real self_score(const Attention& a, const Unit& unit, int r) {
-  return V::sum(self_score_lanes<V>(a, unit, r));
+  typename V::Reg score;
+  self_score_lanes<V>(a, unit, r, 1, &score);
+  return V::sum(score);
 }
 
 // The softmax of a unit's rows before their first event: nothing, or the self slot, of which
@@ -355,7 +362,8 @@ void start_softmax(const Attention& a, const Unit& unit, Softmax& softmax, Take&
   for (int first = 0; first < unit.rows; first += W) {
     const int n = static_cast<int>(least(W, unit.rows - first));
     typename V::Reg sums[W];
-    for (int i = 0; i < W; i++) sums[i] = i < n ? self_score_lanes<V>(a, unit, first + i) : V::zero();
+    for (int i = n; i < W; i++) sums[i] = V::zero();
+    self_score_lanes<V>(a, unit, first, n, sums);
     typename V::Real weights[W];
     V::store(weights, V::sums(sums));
     softmax.start_from(first, n, weights);

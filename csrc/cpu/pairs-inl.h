@@ -41,7 +41,7 @@ struct Pairs : RegisterBlock<V, Pairs<V>> {
       Item* to = panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * pairs + event % (2 * W);
       for (int p = 0; p < pairs; p += W) {
         typename V::Reg r[W];
-        for (int i = 0; i < W; i++) ahead.prefetch(from + (event + i + kPrefetchEvents) * stride + 2 * p);
+        ahead.prefetch(from + (event + kPrefetchEvents) * stride + 2 * p, stride, W);
         // 16 events that are all there take no questions: 12 to 9 cycles an event at D = 32.
         const int left = head_dim - 2 * p;
         if (event + W <= n && !hide) {
@@ -86,7 +86,7 @@ struct Pairs : RegisterBlock<V, Pairs<V>> {
         const int count = static_cast<int>(least(kKeys, n - tile));
         const auto numbers = [&](int i, int d) ATTNREC_LAMBDA {
           const BFloat16* there = from + (tile + i) * stride + d;
-          ahead.prefetch(there + kPrefetchEvents * stride);
+          ahead.prefetch(there + kPrefetchEvents * stride, 0, 1);
           return hidden(hide, tile + i) ? kZeros : there;
         };
         finite[tile / kKeys] =

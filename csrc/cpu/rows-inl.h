@@ -92,14 +92,16 @@ struct Ahead {
   int64_t row_stride = 0, row_bytes = 0, byte = 0;
 
   // Always inlined: GCC takes a function that only prefetches for one without effects, and drops calls of it.
-  ATTNREC_MEMBER void prefetch(const void* later) {
-    if (!row) return __builtin_prefetch(later);
-    if (row == end) return;
-    __builtin_prefetch(row + byte);
-    byte += 64;
-    if (byte < row_bytes) return;
-    byte = 0;
-    row += row_stride;
+  template <class Stored>
+  ATTNREC_MEMBER void prefetch(const Stored* later, int64_t stride, int count) {
+    for (int i = 0; !row && i < count; i++) __builtin_prefetch(later + i * stride);
+    for (int i = 0; row != end && i < count; i++) {
+      __builtin_prefetch(row + byte);
+      byte += 64;
+      if (byte < row_bytes) continue;
+      byte = 0;
+      row += row_stride;
+    }
   }
 };
 
@@ -151,11 +153,19 @@ void pack_panels(const void* data, Element element, int64_t stride, int n, int h
           panels + static_cast<int64_t>(event / (2 * W)) * 2 * W * head_dim + event % (2 * W);
       for (int d = 0; d < head_dim; d += W) {
         typename V::Reg r[W];
-        for (int i = 0; i < W; i++) ahead.prefetch(from + (event + i + kPrefetchEvents) * stride + d);
+        const auto* rows = from + event * stride + d;
+        ahead.prefetch(rows + kPrefetchEvents * stride, stride, W);
+        // A register of events that are all there takes no questions.
+        if (event + W <= n && d + W <= head_dim && !hide) {
+          for (int i = 0; i < W; i++) r[i] = V::load(rows + i * stride);
+          V::transpose(r);
+          for (int i = 0; i < W; i++) V::store(to + (d + i) * 2 * W, r[i]);
+          continue;
+        }
         for (int i = 0; i < W; i++) {
           const bool seen =
               event + i < n && !(hide && hide[event + i] == -std::numeric_limits<float>::infinity());
-          r[i] = seen ? load_part<V>(from + (event + i) * stride + d, head_dim - d) : V::zero();
+          r[i] = seen ? load_part<V>(rows + i * stride, head_dim - d) : V::zero();
         }
         V::transpose(r);
         for (int i = 0; i < W && d + i < head_dim; i++) V::store(to + (d + i) * 2 * W, r[i]);
@@ -174,10 +184,8 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
   if (native && !hide && !copy_anyway && head_dim % V::kWidth == 0) {
     *row_stride = stride;
     const auto* rows = static_cast<const typename V::Real*>(data);
-    for (int i = 0; i < n; i++) {
-      for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*rows)))
-        ahead.prefetch(rows + i * stride + d);
-    }
+    constexpr int kLine = 64 / sizeof(*rows);
+    for (int d = 0; d < head_dim; d += kLine) ahead.prefetch(rows + d, stride, n);
     return rows;
   }
   const int width = padded<V>(head_dim);
@@ -185,8 +193,8 @@ const typename V::Real* event_rows(const void* data, Element element, int64_t st
   with_element<V>(element, data, [&](auto* from) __attribute__((always_inline)) {
     for (int i = 0; i < n; i++) {
       typename V::Real* row = copy + static_cast<int64_t>(i) * width;
-      for (int d = 0; d < head_dim; d += 64 / static_cast<int>(sizeof(*from)))
-        ahead.prefetch(from + (i + kPrefetchEvents) * stride + d);
+      constexpr int kLine = 64 / sizeof(*from);
+      ahead.prefetch(from + (i + kPrefetchEvents) * stride, kLine, (head_dim + kLine - 1) / kLine);
       const bool seen = !(hide && hide[i] == -std::numeric_limits<float>::infinity());
       for (int d = 0; d < width; d += V::kWidth) {
         V::store(row + d, seen ? load_part<V>(from + i * stride + d, head_dim - d) : V::zero());

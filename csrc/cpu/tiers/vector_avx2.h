@@ -98,7 +98,7 @@ struct Avx2Vector {
     }
     for (int i = 0; i < 8; i++) r[i] = t[i];
   }
-  // Lane i becomes sum(r[i]), bit by bit.
+  // Lane i becomes the sum of r[i].
   ATTNREC_INLINE Reg sums(const Reg (&r)[kWidth]) {
     Reg u[4];
     for (int k = 0; k < 4; k++) {

@@ -120,7 +120,7 @@ struct Avx512Vector {
       r[8 + i] = _mm512_shuffle_f32x4(t[i], t[8 + i], 0xdd);
     }
   }
-  // Lane i becomes sum(r[i]), bit by bit: half as many shuffles as a transposition and a sum of its rows.
+  // Lane i becomes the sum of r[i]: half as many shuffles as a transposition and a sum of its rows.
   ATTNREC_INLINE Reg sums(const Reg (&r)[kWidth]) {
     Reg u[4];
     for (int k = 0; k < 4; k++) {

@@ -76,7 +76,7 @@ struct PortableVector {
     for (int i = 0; i < kWidth; i++) t[i] = Reg{r[0][i], r[1][i], r[2][i], r[3][i]};
     for (int i = 0; i < kWidth; i++) r[i] = t[i];
   }
-  // Lane i becomes sum(r[i]).
+  // Lane i becomes the sum of r[i].
   ATTNREC_INLINE Reg sums(const Reg (&r)[kWidth]) { return Reg{sum(r[0]), sum(r[1]), sum(r[2]), sum(r[3])}; }
   ATTNREC_INLINE Reg exp2(Reg x) {
     if constexpr (std::is_same_v<Real, double>) {

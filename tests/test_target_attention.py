@@ -394,3 +394,15 @@ def test_memory_is_not_that_of_all_scores(peak_memory):
     with peak_memory() as grown:
         attend(batch)
     assert grown() < 12e6
+
+
+@pytest.mark.cpu_only("peak memory of the process")
+@pytest.mark.parametrize("candidates", [1, 300])
+def test_scratch_memory_does_not_grow_with_the_batch(peak_memory, threads, candidates):
+    """After a call for one user, one for fifty such users takes what its results do."""
+    threads(1)
+    one, many = (make_jagged([candidates] * n, [900] * n, dim=64) for n in (1, 50))
+    attend(one)
+    with peak_memory() as grown:
+        results = attend(many)
+    assert grown() < sum(x.nbytes for x in results) + (1 << 20)

@@ -423,3 +423,16 @@ def test_memory_is_not_that_of_all_scores(peak_memory):
     with peak_memory() as grown:
         gradients(batch, *grads_of)
     assert grown() < 12e6
+
+
+@pytest.mark.cpu_only("peak memory of the process")
+def test_scratch_memory_does_not_grow_with_the_batch(peak_memory, threads):
+    """After a call for one user, one for fifty such users takes what its results do, and those of the forward
+    pass."""
+    threads(1)
+    one, many = (make_jagged([300] * n, [900] * n, dim=64) for n in (1, 50))
+    grads = [(torch.ones_like(batch.query), torch.ones(batch.query.shape[:2])) for batch in (one, many)]
+    gradients(one, *grads[0])
+    with peak_memory() as grown:
+        results = gradients(many, *grads[1]).values()
+    assert grown() < sum(x.nbytes for x in [*results, *grads[1]]) + (1 << 20)

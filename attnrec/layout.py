@@ -87,7 +87,11 @@ def _check_dense(op: str, query: Any, key: Any, value: Any, options: dict[str, T
 def _options_look_dense(query: Tensor, key: Tensor, options: dict[str, Tensor]) -> bool:
     shapes = _dense_shapes(query, key)
     return all(
-        isinstance(x, Tensor) and x.shape == shapes[name] and x.dtype in _DENSE_OPTIONS[name][1]
+        isinstance(x, Tensor)
+        and x.layout == torch.strided
+        and x.device == query.device
+        and x.dtype in _DENSE_OPTIONS[name][1]
+        and x.shape == shapes[name]
         for name, x in options.items()
     )
 

@@ -263,6 +263,13 @@ class TestDense:
             ("visible", torch.ones(5, dtype=torch.int64), ValueError, r"visible .* \[2, 5\], got \[5\]"),
             ("key_bias", torch.zeros(2, 6, 4), ValueError, r"key_bias .* \[2, 4, 6\]"),
             ("self_key", torch.ones(2, 5, 2, 8), ValueError, r"self_key .* \[2, 2, 5, 8\]"),
+            ("self_key", torch.zeros(2, 2, 5, 8).to_sparse(), TypeError, "self_key must be a strided tensor"),
+            (
+                "visible",
+                torch.ones(2, 5, dtype=torch.int64, device="meta"),
+                ValueError,
+                "visible must be on cpu",
+            ),
             ("key_padding_mask", torch.zeros(2, 6), TypeError, "key_padding_mask must be bool"),
             ("key_padding_mask", torch.zeros(6, 2) > 0, ValueError, r"key_padding_mask .* \[2, 6\]"),
         ],

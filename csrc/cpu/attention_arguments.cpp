@@ -69,8 +69,8 @@ void dearest_first(std::vector<Unit>& units) {
 namespace {
 
 // Whether heads that are read one after another would read memory with gaps: a call's keys and values are
-// more than caches hold (below, reading them twice costs more than the gaps), and all heads of an event lie
-// together.
+// more than caches hold (below, taking turns is level in fp32 and costs up to a tenth in bf16), and all heads
+// of an event lie together.
 bool better_together(const Attention& a) {
   const int64_t events = a.kv_offsets[a.users];
   return a.kv_heads > 1 && a.value.data && a.key.head_stride == a.head_dim &&

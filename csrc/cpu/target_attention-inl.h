@@ -142,13 +142,14 @@ int attend(const Attention& a, const Unit& unit, Arena& arena, bool* done, void*
   WeightedValue<V, Products, kBase> state(arena, a, unit.rows, unit.parts);
   if (!done) return 0;
   for (int p = 0; p < unit.parts; p++) state.of(part_of(a, unit, p), p * unit.rows).begin();
-  const int64_t events = a.events(unit.user), step = unit.parts > 1 ? kKeys : events;
+  const int64_t events = a.events(unit.user), event0 = a.kv_offsets[unit.user];
+  const int64_t step = unit.parts > 1 ? kKeys : events;
+  if (unit.parts > 1) {
+    touch(a.key, a, event0, event0 + least(events, step));
+    touch(a.value, a, event0, event0 + least(events, step));
+  }
   for (int64_t event = 0; event < events; event += step) {
-    const int64_t end = least(events, event + step), event0 = a.kv_offsets[unit.user];
-    if (unit.parts > 1 && event == 0) {
-      touch(a.key, a, event0 + event, event0 + end);
-      touch(a.value, a, event0 + event, event0 + end);
-    }
+    const int64_t end = least(events, event + step);
     for (int p = 0; p < unit.parts; p++) {
       Unit part = part_of(a, unit, p);
       part.first_event = event;
